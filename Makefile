@@ -1,0 +1,69 @@
+# Every target sets itself up: the first run creates .venv and installs, later runs start at once.
+#
+#   PYTHON=python3.12 make test      another interpreter (3.10 to 3.13) for a new environment
+#   VENV=.venv312 make test          another environment beside the first
+#   make test ARGS="-k varlen -x"    further arguments for pytest
+#
+# torch is the build that pip chooses: on Linux x86-64 the one with CUDA.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= test,dev,transformers,plot,triton,demo
+BENCH_JSON ?= build/bench.json
+ARGS ?=
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench clean
+
+help:
+	@echo 'make demo      run real models through vllm_accel on this machine and explain the choice'
+	@echo 'make test      the tests for every change (minutes)'
+	@echo 'make test-all  every test'
+	@echo 'make lint      ruff and mypy'
+	@echo 'make format    let ruff rewrite what it can'
+	@echo 'make bench     benchmarks, saved as $(BENCH_JSON)'
+	@echo 'make setup     only create $(VENV)'
+	@echo 'make clean     remove $(VENV), build products and caches'
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	$(PY) -m vllm_accel.cli.demo $(ARGS)
+
+test: $(STAMP)
+	$(PY) -m pytest -q -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
+	$(PY) -m pytest -q $(ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(STAMP)
+	@mkdir -p $(dir $(BENCH_JSON))
+	$(PY) -m pytest -q benchmarks --benchmark-only --benchmark-json=$(BENCH_JSON) $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+# The editable install is repeated when what it depends on changes. setuptools goes in first and build isolation
+# off, so that the build uses the pinned version and downloads it once.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PY) -m pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("Python %d.%d does not do: vllm-accel needs 3.10 to 3.13. Try: make PYTHON=python3.12 ..." % v)' \
+	  && echo 'creating $(VENV)' && $(PYTHON) -m venv --clear $(VENV); }
+	@echo 'installing into $(VENV): minutes the first time'
+	$(PY) -m pip install -q -c constraints.txt setuptools
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@

@@ -1,0 +1,57 @@
+"""One call, every attention implementation, the fastest correct one for the hardware at hand, and why.
+
+>>> from vllm_accel import attention, explain
+>>> out = attention(q, k, v, causal=True)          # (B, S, H, D)
+>>> print(explain(attention, q, k, v, causal=True))
+"""
+
+from vllm_accel.dispatch.device import Device
+from vllm_accel.dispatch.override import use_backend
+from vllm_accel.dispatch.registry import names as _names
+from vllm_accel.dispatch.registry import register_backend
+from vllm_accel.dispatch.selection import Candidate, Selection, State
+from vllm_accel.dispatch.settings import reload_settings
+from vllm_accel.errors import BackendUnavailableError, Reason, UnsupportedCallError, VllmAccelError
+from vllm_accel.ops.attention import attention, attention_varlen
+from vllm_accel.ops.explain import explain
+from vllm_accel.ops.gemm import gemm
+from vllm_accel.ops.merge import merge_attention
+from vllm_accel.ops.module import Attention
+from vllm_accel.ops.warmup import warmup
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attention",
+    "BackendUnavailableError",
+    "Candidate",
+    "Device",
+    "Reason",
+    "Selection",
+    "State",
+    "UnsupportedCallError",
+    "VllmAccelError",
+    "attention",
+    "attention_varlen",
+    "backends",
+    "explain",
+    "gemm",
+    "merge_attention",
+    "register_backend",
+    "reload_settings",
+    "use_backend",
+    "warmup",
+]
+
+
+def backends(op: str = "attention") -> tuple[str, ...]:
+    """Name the backends of an operation (``"attention"`` or ``"gemm"``), built-in and registered; imports none.
+
+    Raises:
+        ValueError: the operation does not exist.
+    """
+    from vllm_accel.dispatch.registry import operations
+
+    if op not in operations():
+        raise ValueError(f"op={op!r} is not an operation; known: {', '.join(operations())}")
+    return _names(op)

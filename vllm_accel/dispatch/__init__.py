@@ -1,0 +1,1 @@
+"""How a backend is chosen: device, spec, capability, registry, selector, settings, plans. Knows no operation."""

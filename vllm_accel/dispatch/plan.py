@@ -1,0 +1,122 @@
+"""Plans and their cache: after the first call of a kind, nothing of the selection runs again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from vllm_accel.dispatch.guard import TensorGuard
+
+#: Plans for exact shapes kept per operation; a decode of 500 steps over 4 kinds of layers fits.
+MAX_PLANS = 4096
+#: Plans that differ only in what the guard sees (dtype, gradients, device) under one key.
+MAX_PER_KEY = 8
+
+_caches: weakref.WeakSet[PlanCache[Any]] = weakref.WeakSet()
+_on_invalidate: list[Callable[[], None]] = []
+
+
+class Plan:
+    """A bound call: what the hot path touches and nothing else.
+
+    Attributes:
+        check: true for tensors of the kind this plan was made for.
+        forward: the kernel's forward.
+        args: everything of the call but the main tensors, where no optional tensor is given.
+        direct: forward(q, k, v, args)[0] is the whole answer (no gradient, no LSE asked for, no value to check).
+        kernel, backend, spec, device: what the plan was made of.
+        explicit: the backend was asked for by name, so a failure is never papered over.
+    """
+
+    __slots__ = (
+        "args",
+        "backend",
+        "check",
+        "device",
+        "direct",
+        "explicit",
+        "forward",
+        "grad",
+        "kernel",
+        "spec",
+    )
+
+    def __init__(
+        self,
+        *,
+        check: TensorGuard,
+        forward: Callable[..., Any],
+        args: Any,
+        direct: bool,
+        grad: bool,
+        kernel: Any,
+        backend: str,
+        spec: Any,
+        device: Any,
+        explicit: bool,
+    ) -> None:
+        self.check = check
+        self.forward = forward
+        self.args = args
+        self.direct = direct
+        self.grad = grad
+        self.kernel = kernel
+        self.backend = backend
+        self.spec = spec
+        self.device = device
+        self.explicit = explicit
+
+
+P = TypeVar("P", bound=Plan)
+
+
+class PlanCache(Generic[P]):
+    """Two levels: the last plan under each set of options, then every plan by options and lengths.
+
+    Reads and writes are single dictionary operations, so threads need no lock; a lost update costs one more miss.
+    """
+
+    def __init__(self) -> None:
+        self.last: dict[Any, P] = {}
+        self._exact: dict[Any, tuple[P, ...]] = {}
+        _caches.add(self)
+
+    def find(self, options: Any, shapes: Any, tensors: tuple[Any, ...]) -> P | None:
+        """Return the plan whose guard accepts the tensors, and remember it as the last one of these options."""
+        for plan in self._exact.get((options, shapes), ()):
+            if plan.check(*tensors):
+                self.last[options] = plan
+                return plan
+        return None
+
+    def add(self, options: Any, shapes: Any, plan: P) -> None:
+        """Store a plan; the oldest key goes when the cache is full."""
+        while len(self._exact) >= MAX_PLANS:
+            self._exact.pop(next(iter(self._exact)), None)
+        if len(self.last) >= MAX_PLANS:
+            self.last.clear()
+        key = (options, shapes)
+        self._exact[key] = (plan, *self._exact.get(key, ())[: MAX_PER_KEY - 1])
+        self.last[options] = plan
+
+    def clear(self) -> None:
+        """Forget every plan."""
+        self.last.clear()
+        self._exact.clear()
+
+    def __len__(self) -> int:
+        return sum(len(plans) for plans in self._exact.values())
+
+
+def invalidate() -> None:
+    """Forget every plan and choice of every operation: settings, backends or quarantine have changed."""
+    for cache in tuple(_caches):
+        cache.clear()
+    for callback in _on_invalidate:
+        callback()
+
+
+def on_invalidate(callback: Callable[[], None]) -> None:
+    """Call `callback` whenever plans are invalidated."""
+    _on_invalidate.append(callback)

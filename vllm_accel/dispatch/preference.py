@@ -1,0 +1,63 @@
+"""The order in which backends are tried where nothing was measured, as one readable table.
+
+After the document "Acceleration Libraries for vLLM": FlashAttention first on Ampere and newer (3 before 2 on Hopper,
+4 on Blackwell), xFormers as its fallback and first on V100 and T4, then our Triton kernels, then PyTorch's own.
+"""
+
+from __future__ import annotations
+
+from vllm_accel.dispatch.device import Device
+
+TRITON_BACKENDS = ("gluon_hopper", "triton")
+
+_ATTENTION: dict[str, tuple[str, ...]] = {
+    "blackwell": (
+        "flash_attn_4", "flash_attn_3", "flash_attn_2", "xformers", "mslk", "flashinfer", "tensorrt_llm",
+        *TRITON_BACKENDS, "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "reference",
+    ),
+    "hopper": (
+        "flash_attn_3", "flash_attn_4", "flash_attn_2", "xformers", "mslk", "flashinfer", "tensorrt_llm",
+        *TRITON_BACKENDS, "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "reference",
+    ),
+    "ampere": (
+        "flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers", "mslk", "flashinfer", "tensorrt_llm",
+        *TRITON_BACKENDS, "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "reference",
+    ),
+    "older": (
+        "xformers", "mslk", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "flash_attn_2", "flash_attn_3",
+        "flash_attn_4", "flashinfer", "tensorrt_llm", *TRITON_BACKENDS, "reference",
+    ),
+    "amd": (*TRITON_BACKENDS, "sdpa_flash", "sdpa_efficient", "reference"),
+    "cpu": ("cpu", "sdpa_cpu", "reference"),
+    "other": ("reference",),
+}  # fmt: skip
+
+_GEMM: tuple[str, ...] = (
+    "cublas",
+    "torch_grouped",
+    "cutlass",
+    "triton",
+    "tensorrt_llm",
+    "deep_gemm",
+    "cpu",
+    "reference",
+)
+
+
+def device_class(device: Device) -> str:
+    """Return the row of the table that a device reads."""
+    if device.platform == "rocm":
+        return "amd"
+    if device.platform == "cpu":
+        return "cpu"
+    if device.platform != "cuda" or device.compute_capability is None:
+        return "other"
+    major = device.compute_capability[0]
+    if major >= 10:
+        return "blackwell"
+    return {9: "hopper", 8: "ampere"}.get(major, "older")
+
+
+def shipped_order(op: str, device: Device) -> tuple[str, ...]:
+    """Return the backends to try for an operation on a device, first one first."""
+    return _GEMM if op == "gemm" else _ATTENTION[device_class(device)]

@@ -1,0 +1,198 @@
+"""One walk over the candidates. A call stops at the first that can run; `explain` walks to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vllm_accel.dispatch import preference, quarantine, registry, warm
+from vllm_accel.dispatch.backend import Backend
+from vllm_accel.dispatch.capability import Capability, Guard
+from vllm_accel.dispatch.device import Device, is_local
+from vllm_accel.dispatch.selection import Candidate, Selection, State
+from vllm_accel.dispatch.settings import TRITON, Settings, changed_since_read, settings
+from vllm_accel.dispatch.spec import Feature
+from vllm_accel.errors import Reason
+
+#: A first call may compile this long before the backend has to be warmed up first (SPEC 4.8).
+MAX_FIRST_CALL_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is to be decided.
+
+    Attributes:
+        op, spec, device: the kind of call and where.
+        asked: names asked for, in order, or None for automatic choice. asked_by: where that came from.
+        capturing: a CUDA graph is being captured.
+        assume_available: do not look for packages (the device is not on this machine).
+        self_test: proves batch invariance of a backend on the device; None means do not launch anything.
+    """
+
+    op: str
+    spec: Any
+    device: Device
+    asked: tuple[str, ...] | None = None
+    asked_by: str = ""
+    capturing: bool = False
+    assume_available: bool = False
+    self_test: Callable[[Backend, Device], bool] | None = None
+
+
+class Verdict(NamedTuple):
+    """A candidate with what a call needs of it."""
+
+    candidate: Candidate
+    backend: Backend
+    guards: tuple[Guard, ...]
+
+
+def order(question: Question, current: Settings) -> tuple[str, ...]:
+    """Return every backend of the operation, in the order in which this question tries them."""
+    automatic = registry.ordered(question.op, preference.shipped_order(question.op, question.device))
+    if question.op == "attention" and current.use_triton and question.device.type == "cuda":
+        first = tuple(name for name in automatic if name in preference.TRITON_BACKENDS)
+        automatic = first + tuple(name for name in automatic if name not in first)
+    first = question.asked or ()
+    rest = tuple(name for name in registry.names(question.op) if name not in automatic)
+    return tuple(dict.fromkeys((*first, *automatic, *rest)))
+
+
+def walk(question: Question, *, everything: bool) -> Iterator[Verdict]:
+    """Judge the candidates in order. Without `everything`, those not asked for are left out."""
+    current = settings()
+    for name in order(question, current):
+        asked = question.asked is None or name in question.asked
+        if asked or everything:
+            yield _judge(name, question, current, asked=asked)
+
+
+def _judge(name: str, question: Question, current: Settings, *, asked: bool) -> Verdict:
+    op, spec, device = question.op, question.spec, question.device
+    backend = registry.get(op, name)
+    capability = backend.capability
+    guards: tuple[Guard, ...] = ()
+
+    def verdict(state: State, *reasons: Reason, version: str | None = None) -> Verdict:
+        return Verdict(Candidate(name, state, reasons, version), backend, guards)
+
+    if (op, name) in current.disabled:
+        return verdict(State.DISABLED, Reason("disabled", "named in VLLM_ACCEL_DISABLED_BACKENDS"))
+    if isinstance(backend, registry.Broken) and (broken := backend.unavailable_reason()):
+        return verdict(State.UNAVAILABLE, broken)
+    if reasons := _static_reasons(capability, question):
+        return verdict(State.UNSUPPORTED, *reasons)
+    version: str | None = None
+    if not question.assume_available:
+        if missing := backend.unavailable_reason():
+            return verdict(State.UNAVAILABLE, missing)
+        version = backend.version()
+    guards = (
+        *capability.guards,
+        *quarantine.known_bad_guards(op, name, version, device, current.lifted),
+    )
+    if not asked:
+        return verdict(State.NOT_ASKED, version=version)
+    if question.asked is None:
+        if failed := quarantine.reason_for(op, name, spec, device):
+            return verdict(State.QUARANTINED, failed, version=version)
+        if held := _held_back(name, capability, question, current):
+            return verdict(State.HELD_BACK, held, version=version)
+    if Feature.BATCH_INVARIANT in getattr(spec, "features", Feature(0)):
+        proven = question.self_test(backend, device) if question.self_test else warm.self_test_verdict(op, name, device)
+        if proven is False:
+            text = "declares batch invariance, but its bitwise self-test failed on this device"
+            return verdict(State.UNSUPPORTED, Reason("self_test", text), version=version)
+    return verdict(State.ABLE, version=version)
+
+
+def _static_reasons(capability: Capability, question: Question) -> tuple[Reason, ...]:
+    reasons = capability.unsupported_reasons(question.spec, question.device)
+    if question.capturing and not capability.capture_safe:
+        reasons += (Reason("capture", "is not safe while a CUDA graph is captured"),)
+    return reasons
+
+
+def _held_back(name: str, capability: Capability, question: Question, current: Settings) -> Reason | None:
+    """Say why automatic choice passes over a backend that could run."""
+    if name in preference.TRITON_BACKENDS and question.op == "attention" and current.use_triton is False:
+        return Reason("use_triton", f"{TRITON}=0")
+    if not capability.linear_memory:
+        return Reason("memory", "takes O(Sq*Sk) memory; ask for it by name")
+    compiled = warm.is_warm(question.op, name, question.spec, question.device)
+    if capability.first_call_seconds > MAX_FIRST_CALL_SECONDS and not compiled:
+        seconds = capability.first_call_seconds
+        return Reason("first_call", f"would compile for about {seconds:g} s at this call; vllm_accel.warmup builds it")
+    if capability.per_shape_cost and not _fixed_shape(question.spec):
+        return Reason("per_shape", "builds a graph for every exact shape, and lengths change in this kind of work")
+    return None
+
+
+def _fixed_shape(spec: Any) -> bool:
+    """Tell whether a kind of call repeats the same lengths: dense training does, inference does not."""
+    features = getattr(spec, "features", Feature(0))
+    return Feature.GRAD in features and Feature.VARLEN not in features
+
+
+def select(question: Question, sizes: Any = None) -> Selection:
+    """Walk every candidate and say which one the call runs, and why not the others.
+
+    Args:
+        question: what is to be decided.
+        sizes: exact sizes for the guards; None judges the kind of call only.
+    """
+    candidates: list[Candidate] = []
+    chosen: str | None = None
+    for candidate, _, guards in walk(question, everything=True):
+        if candidate.state is State.ABLE:
+            refused = refusals(guards, question.spec, sizes)
+            if refused:
+                state = State.QUARANTINED if refused[0].code.startswith("known_bad") else State.UNSUPPORTED
+                candidate = Candidate(candidate.name, state, refused, candidate.version)
+            elif chosen is None:
+                chosen = candidate.name
+                candidate = Candidate(candidate.name, State.CHOSEN, (), candidate.version)
+        candidates.append(candidate)
+    return Selection(
+        op=question.op,
+        spec=question.spec,
+        device=question.device,
+        chosen=chosen,
+        candidates=tuple(candidates),
+        decided_by=_decided_by(question, chosen),
+        settings=_settings_text(),
+        assumed=question.assume_available,
+    )
+
+
+def refusals(guards: tuple[Guard, ...], spec: Any, sizes: Any) -> tuple[Reason, ...]:
+    """Return what the guards say against exact sizes; nothing if the sizes are not known."""
+    if sizes is None:
+        return ()
+    found = ((guard.name, guard.check(spec, sizes)) for guard in guards)
+    return tuple(Reason(name, text) for name, text in found if text)
+
+
+def _decided_by(question: Question, chosen: str | None) -> str:
+    if question.asked is not None:
+        return f"{question.asked_by}: {', '.join(question.asked)}"
+    if question.op == "attention" and settings().use_triton and chosen in preference.TRITON_BACKENDS:
+        return f"{TRITON}=1"
+    return "shipped order; nothing measured for this call"
+
+
+def _settings_text() -> tuple[str, ...]:
+    current = settings()
+    changed = changed_since_read()
+    lines = [f"{name}={value}" for name, value in current.raw]
+    lines += [f"{name} has changed since it was read; reload_settings() takes it over" for name in changed]
+    if current.use_triton is not None and not set(registry.names("attention")) & set(preference.TRITON_BACKENDS):
+        lines.append(f"{TRITON} has no effect: this build has no Triton attention backend")
+    return tuple(lines)
+
+
+def assumes_available(device: Device) -> bool:
+    """Tell whether packages have to be taken as installed because the device is not on this machine."""
+    return not is_local(device)

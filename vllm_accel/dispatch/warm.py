@@ -1,0 +1,33 @@
+"""What this process has built or proven: kernels compiled by warmup, and bitwise self-tests of batch invariance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_accel.dispatch import plan
+from vllm_accel.dispatch.device import Device
+
+_warm: set[tuple[str, str, Any, Device]] = set()
+_verdicts: dict[tuple[str, str, Device], bool] = {}
+
+
+def is_warm(op: str, backend: str, spec: Any, device: Device) -> bool:
+    """Tell whether the kernels for this kind of call, at any length, have been built."""
+    return (op, backend, spec.compile_kind(), device) in _warm
+
+
+def mark_warm(op: str, backend: str, spec: Any, device: Device) -> None:
+    """Record that the kernels for this kind of call exist, so that automatic choice may take the backend."""
+    _warm.add((op, backend, spec.compile_kind(), device))
+    plan.invalidate()
+
+
+def self_test_verdict(op: str, backend: str, device: Device) -> bool | None:
+    """Return the outcome of the batch-invariance self-test, None if it has not run."""
+    return _verdicts.get((op, backend, device))
+
+
+def record_self_test(op: str, backend: str, device: Device, passed: bool) -> bool:
+    """Store and return the outcome of a self-test."""
+    _verdicts[(op, backend, device)] = passed
+    return passed

@@ -1,0 +1,331 @@
+"""Check an attention call before any launch, resolve its defaults, and describe its kind."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_accel.dispatch.backend import AttentionArgs
+from vllm_accel.dispatch.spec import Feature, Relation, bucket
+
+NO_WINDOW = (-1, -1)
+
+_F = {flag.name: flag.value for flag in Feature}
+_CAUSAL, _GRAD, _LSE, _GQA, _VALUE_DIM = _F["CAUSAL"], _F["GRAD"], _F["LSE"], _F["GQA"], _F["VALUE_DIM"]
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *_FP8)
+
+
+class AttentionSizes(NamedTuple):
+    """Exact sizes of a call, for the guards of backends.
+
+    batch: sequences. seqlen_q, seqlen_k: of the longest sequence. bias_shape: of the 4-D attn_bias, else ().
+    """
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    bias_shape: tuple[int, ...] = ()
+
+
+class Described(NamedTuple):
+    """An attention call, checked: the kind for the choice, sizes for the guards, args for the kernel."""
+
+    kind: tuple[Any, ...]
+    sizes: AttentionSizes
+    args: AttentionArgs
+    empty: bool
+
+
+class Options(NamedTuple):
+    """The keyword arguments of an attention call, as given."""
+
+    causal: bool
+    window_size: tuple[int, int]
+    softmax_scale: float | None
+    softcap: float
+    dropout_p: float
+    return_lse: bool
+    deterministic: bool
+    batch_invariant: bool
+
+
+class Extras(NamedTuple):
+    """The optional tensors of an attention call, as given (attn_bias already 4-D)."""
+
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    attn_bias: Tensor | None = None
+    sinks: Tensor | None = None
+    q_descale: Tensor | None = None
+    k_descale: Tensor | None = None
+    v_descale: Tensor | None = None
+
+
+def describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extras: Extras,
+    options: Options,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    grad: bool,
+) -> Described:
+    """Check a dense (lengths None) or packed call and describe it.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what is allowed.
+    """
+    varlen = max_seqlen_q is not None
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    rank = 3 if varlen else 4
+    if not len(q_shape) == len(k_shape) == len(v_shape) == rank:
+        form = "(tokens, heads, head_dim)" if varlen else "(batch, tokens, heads, head_dim)"
+        raise ValueError(f"q, k, v must be {form}; got {_shapes(q, k, v)}")
+    heads, head_dim = q_shape[-2:]
+    kv_heads, head_dim_v = v_shape[-2:]
+    if k_shape[:-1] != v_shape[:-1] or k_shape[-1] != head_dim or (not varlen and k_shape[0] != q_shape[0]):
+        raise ValueError(
+            "q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv) must agree in batch, key length, key heads "
+            f"and head size; got {_shapes(q, k, v)}"
+        )
+    if not kv_heads or heads % kv_heads or not head_dim or not head_dim_v or not heads:
+        raise ValueError(f"H={heads} must be a positive multiple of Hkv={kv_heads}, and head sizes positive")
+    dtype, device = q.dtype, q.device
+    if not (k.dtype is dtype and v.dtype is dtype):
+        raise TypeError(f"q, k, v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if dtype not in _DTYPES:
+        raise TypeError(f"q has dtype {dtype}; attention takes floating-point tensors (16, 32, 64 bit or FP8)")
+    if not (k.device == device and v.device == device):
+        raise ValueError(f"q, k, v must be on one device; got {q.device}, {k.device}, {v.device}")
+
+    causal, window_size, scale, softcap, dropout_p, return_lse, deterministic, batch_invariant = options
+    flags = _option_flags(options, grad)
+    if varlen:
+        batch, seqlen_q, seqlen_k, relation = _packed(q_shape, k_shape, extras, max_seqlen_q, max_seqlen_k, device)
+        flags |= _F["VARLEN"]
+    else:
+        batch, seqlen_q, seqlen_k = q_shape[0], q_shape[1], k_shape[1]
+        relation = _relation(seqlen_q, seqlen_k)
+    if heads != kv_heads:
+        flags |= _GQA
+    if head_dim != head_dim_v:
+        flags |= _VALUE_DIM
+    bias_shape: tuple[int, ...] = ()
+    if extras is not NO_EXTRAS:
+        flags |= _extra_flags(extras, grad, dtype, device, (batch, heads, seqlen_q, seqlen_k), kv_heads, varlen)
+        bias_shape = () if extras.attn_bias is None else tuple(extras.attn_bias.shape)
+
+    kind = (
+        dtype, k.dtype, heads, kv_heads, head_dim, head_dim_v,
+        bucket(batch), bucket(seqlen_q), bucket(seqlen_k), relation, flags,
+    )  # fmt: skip
+    args = AttentionArgs(
+        *extras,
+        seqlen_q,
+        seqlen_k,
+        head_dim**-0.5 if scale is None else float(scale),
+        bool(causal),
+        (window_size[0], window_size[1]),
+        float(softcap),
+        float(dropout_p),
+        bool(return_lse or grad),
+        bool(deterministic),
+        bool(batch_invariant),
+    )
+    empty = not (batch and seqlen_q and seqlen_k and q_shape[0] and k_shape[0])
+    return Described(kind, AttentionSizes(batch, seqlen_q, seqlen_k, bias_shape), args, empty)
+
+
+NO_EXTRAS = Extras()
+
+
+def _option_flags(options: Options, grad: bool) -> int:
+    causal, window_size, scale, softcap, dropout_p, return_lse, deterministic, batch_invariant = options
+    for name, value in (
+        ("causal", causal),
+        ("return_lse", return_lse),
+        ("deterministic", deterministic),
+        ("batch_invariant", batch_invariant),
+    ):
+        if value is not True and value is not False:
+            raise TypeError(f"{name} must be True or False, not {value!r}")
+    flags = (_CAUSAL if causal else 0) | (_GRAD if grad else 0)
+    if return_lse:
+        flags |= _LSE | (_F["LSE_GRAD"] if grad else 0)
+    if window_size is not NO_WINDOW:
+        flags |= _window_flags(window_size)
+    if scale is not None:
+        if not _is_number(scale) or not 0.0 < scale < math.inf:
+            raise ValueError(f"softmax_scale must be a positive finite Python float or None, not {scale!r}")
+        flags |= _F["SCALE"]
+    if softcap != 0.0:
+        if not _is_number(softcap) or not 0.0 < softcap < math.inf:
+            raise ValueError(f"softcap must be 0.0 (off) or a positive finite float, not {softcap!r}")
+        flags |= _F["SOFTCAP"]
+    if dropout_p != 0.0:
+        if not _is_number(dropout_p) or not 0.0 < dropout_p < 1.0:
+            raise ValueError(f"dropout_p must be at least 0.0 and below 1.0, not {dropout_p!r}")
+        flags |= _F["DROPOUT"]
+    if deterministic:
+        flags |= _F["DETERMINISTIC"]
+    if batch_invariant:
+        flags |= _F["BATCH_INVARIANT"]
+    return flags
+
+
+def _window_flags(window_size: Any) -> int:
+    if (
+        not isinstance(window_size, (tuple, list))
+        or len(window_size) != 2
+        or not all(isinstance(side, int) and not isinstance(side, bool) for side in window_size)
+    ):
+        raise TypeError(f"window_size must be two ints (left, right), -1 for unlimited, not {window_size!r}")
+    left, right = window_size
+    if left < -1 or right < -1:
+        raise ValueError(f"window_size={window_size!r}: each side is -1 (unlimited) or a number of keys, at least 0")
+    return (_F["WINDOW_LEFT"] if left >= 0 else 0) | (_F["WINDOW_RIGHT"] if right >= 0 else 0)
+
+
+def _packed(
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    extras: Extras,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    device: torch.device,
+) -> tuple[int, int, int, Relation]:
+    cu_q, cu_k = extras.cu_seqlens_q, extras.cu_seqlens_k
+    for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        if not isinstance(cu, Tensor):
+            raise TypeError(f"{name} must be an int32 tensor of shape (batch + 1,), not {cu!r}")
+        if cu.dtype is not torch.int32 or cu.dim() != 1 or cu.shape[0] < 1:
+            raise ValueError(f"{name} must be int32 of shape (batch + 1,); got {cu.dtype} {tuple(cu.shape)}")
+        if cu.device != device:
+            raise ValueError(f"{name} is on {cu.device}, q on {device}; both must be on one device")
+    assert cu_q is not None and cu_k is not None
+    if cu_q.shape != cu_k.shape:
+        raise ValueError(
+            f"cu_seqlens_q {tuple(cu_q.shape)} and cu_seqlens_k {tuple(cu_k.shape)} must have one shape (batch + 1,)"
+        )
+    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+            raise TypeError(f"{name} must be a Python int, at least the longest sequence, not {length!r}")
+    assert max_seqlen_q is not None and max_seqlen_k is not None
+    relation = Relation.EQUAL if cu_q is cu_k and max_seqlen_q == max_seqlen_k else Relation.MIXED
+    # A maximum beyond the tensor is harmless and common (a fixed buffer); kernels get the smaller one.
+    return cu_q.shape[0] - 1, min(max_seqlen_q, q_shape[0]), min(max_seqlen_k, k_shape[0]), relation
+
+
+def _extra_flags(
+    extras: Extras,
+    grad: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    full: tuple[int, int, int, int],
+    kv_heads: int,
+    varlen: bool,
+) -> int:
+    batch, heads = full[0], full[1]
+    flags = 0
+    for name, tensor in zip(Extras._fields[2:], extras[2:], strict=True):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, q on {device}; both must be on one device")
+    if (slopes := extras.alibi_slopes) is not None:
+        _check_small("alibi_slopes", slopes, (torch.float32,), ((heads,), (batch, heads)))
+        if slopes.requires_grad:
+            raise ValueError("alibi_slopes requires a gradient, and none is defined for it; pass alibi_slopes.detach()")
+        flags |= _F["ALIBI"]
+    if (bias := extras.attn_bias) is not None:
+        flags |= _bias_flags(bias, grad, dtype, full)
+    if (sinks := extras.sinks) is not None:
+        _check_small("sinks", sinks, (torch.float32, dtype), ((heads,),))
+        flags |= _F["SINKS"] | (_F["SINKS_GRAD"] if grad and sinks.requires_grad else 0)
+    for name in ("q_descale", "k_descale", "v_descale"):
+        if (descale := getattr(extras, name)) is not None:
+            _check_small(name, descale, (torch.float32,), ((), (kv_heads,), (batch, kv_heads)))
+            if descale.requires_grad:
+                raise ValueError(f"{name} requires a gradient, and none is defined for it; pass {name}.detach()")
+            flags |= _F[name.upper()]
+    return flags
+
+
+def _bias_flags(bias: Tensor, grad: bool, dtype: torch.dtype, full: tuple[int, int, int, int]) -> int:
+    if bias.dtype not in (torch.bool, torch.float32, dtype):
+        raise TypeError(f"attn_bias must be bool, float32 or {dtype}; got {bias.dtype}")
+    if bias.dim() != 4 or any(b not in (1, f) for b, f in zip(bias.shape, full, strict=True)):
+        raise ValueError(f"attn_bias {tuple(bias.shape)} must be broadcastable to (B, H, Sq, Sk) = {full}")
+    if bias.dtype is torch.bool:
+        return _F["MASK"]
+    return _F["BIAS"] | (_F["BIAS_GRAD"] if grad and bias.requires_grad else 0)
+
+
+def _check_small(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))}; got {tensor.dtype}")
+    if tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}; got {tuple(tensor.shape)}")
+
+
+def check_lengths(args: AttentionArgs, tokens_q: int, tokens_k: int) -> None:
+    """Check the values of cu_seqlens: sorted, from 0, within the tensors, and no longer than the maxima.
+
+    Reads the tensors, so on a GPU this synchronises; there it runs with VLLM_ACCEL_CHECK=1 only.
+
+    Raises:
+        ValueError: naming the tensor and the offending entry.
+    """
+    for name, cu, tokens, longest in (
+        ("cu_seqlens_q", args.cu_seqlens_q, tokens_q, args.max_seqlen_q),
+        ("cu_seqlens_k", args.cu_seqlens_k, tokens_k, args.max_seqlen_k),
+    ):
+        assert cu is not None
+        ends = cu.tolist()
+        if ends[0] != 0:
+            raise ValueError(f"{name}[0] must be 0; got {ends[0]}")
+        for i in range(1, len(ends)):
+            length = ends[i] - ends[i - 1]
+            if length < 0:
+                raise ValueError(f"{name} must not decrease; entry {i} is {ends[i]} after {ends[i - 1]}")
+            if length > longest:
+                raise ValueError(f"{name}: sequence {i - 1} has {length} tokens, more than its max_seqlen {longest}")
+        if ends[-1] > tokens:
+            raise ValueError(f"{name} ends at {ends[-1]}, past the {tokens} tokens of the tensor")
+
+
+def with_four_dims(attn_bias: Any) -> Any:
+    """Give a bias of fewer dimensions leading ones, so that kernels see (B or 1, H or 1, Sq or 1, Sk or 1)."""
+    if isinstance(attn_bias, Tensor) and attn_bias.dim() < 4:
+        return attn_bias[(None,) * (4 - attn_bias.dim())]
+    return attn_bias
+
+
+def needs_grad(q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> bool:
+    """Tell whether an input that attention can differentiate requires a gradient."""
+    tensors = (q, k, v, extras.attn_bias, extras.sinks)
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _relation(seqlen_q: int, seqlen_k: int) -> Relation:
+    if seqlen_q == seqlen_k:
+        return Relation.EQUAL
+    return Relation.SHORTER if seqlen_q < seqlen_k else Relation.LONGER
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

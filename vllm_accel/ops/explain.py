@@ -1,0 +1,103 @@
+"""`explain`: which backend a call would run, and why not the others. Launches nothing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_accel.dispatch import device as devices
+from vllm_accel.dispatch import override
+from vllm_accel.dispatch.device import Device
+from vllm_accel.dispatch.selection import Selection
+from vllm_accel.dispatch.selector import Question, assumes_available, select
+from vllm_accel.ops import attention as attention_ops
+from vllm_accel.ops import gemm as gemm_ops
+from vllm_accel.ops import run
+from vllm_accel.ops.arguments import Extras, Options, describe, needs_grad, with_four_dims
+
+_Described = tuple[Any, Any, tuple[str, ...] | None, str]
+
+
+def explain(fn: Callable[..., Any], *args: Any, device: Device | str | None = None, **kwargs: Any) -> Selection:
+    """Say which backend ``fn(*args, **kwargs)`` would run, and the reasons against every other one.
+
+    Walks the same code as the call, under the same settings and `use_backend` contexts, and launches nothing.
+
+    Args:
+        fn: a public call of this library: `attention`, `attention_varlen` or `gemm`.
+        *args, **kwargs: its arguments; tensors may be on the ``meta`` device.
+        device: judge for another device: a `Device`, or a short name such as ``"h100"``, ``"t4"``, ``"mi300x"``.
+            Where this machine has no such device, packages are taken as installed and the result says so.
+
+    Returns:
+        A `Selection`: chosen, candidates with reasons, what decided. ``print`` it, or use it as data.
+
+    Raises:
+        TypeError: fn is not a call that this library dispatches. ValueError, TypeError: wrong arguments, as the call.
+    """
+    describer = _DESCRIBE.get(fn)
+    if describer is None:
+        known = ", ".join(sorted(f.__name__ for f in _DESCRIBE))
+        raise TypeError(f"explain takes one of {known}, not {fn!r}")
+    bound = inspect.signature(fn).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    spec, sizes, asked, asked_by = describer(given)
+    first: torch.Tensor = next(value for value in given.values() if isinstance(value, torch.Tensor))
+    where = _device(device, first.device)
+    question = Question(
+        op="gemm" if fn is gemm_ops.gemm else "attention",
+        spec=spec,
+        device=where,
+        asked=asked,
+        asked_by=asked_by,
+        assume_available=assumes_available(where),
+    )
+    return select(question, sizes)
+
+
+def _device(device: Device | str | None, of_tensor: torch.device) -> Device:
+    if isinstance(device, Device):
+        return device
+    if device is None:
+        return devices.detect(of_tensor)
+    if device in devices.PRESETS or not _is_torch_name(device):
+        return devices.preset(device)
+    return devices.detect(torch.device(device))
+
+
+def _is_torch_name(name: str) -> bool:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _attention(given: dict[str, Any]) -> _Described:
+    options = Options(*(given[name] for name in Options._fields))
+    bias = with_four_dims(given.get("attn_bias"))
+    extras = Extras(*(bias if name == "attn_bias" else given.get(name) for name in Extras._fields))
+    lengths = (given["max_seqlen_q"], given["max_seqlen_k"]) if "max_seqlen_q" in given else None
+    q, k, v = given["q"], given["k"], given["v"]
+    grad = torch.is_grad_enabled() and needs_grad(q, k, v, extras)
+    max_q, max_k = lengths or (None, None)
+    described = describe(q, k, v, extras, options, max_q, max_k, grad)
+    asked, asked_by = run.asked_for(given["backend"], override.variable("attention").get())
+    return run.FAMILY.make_spec(described.kind), described.sizes, asked, asked_by
+
+
+def _gemm(given: dict[str, Any]) -> _Described:
+    kind, sizes = gemm_ops.describe(given["a"], given["b"], given["bias"])
+    asked, asked_by = gemm_ops.asked_for(given["backend"])
+    return gemm_ops.FAMILY.make_spec(kind), sizes, asked, asked_by
+
+
+_DESCRIBE: dict[Callable[..., Any], Callable[[dict[str, Any]], _Described]] = {
+    attention_ops.attention: _attention,
+    attention_ops.attention_varlen: _attention,
+    gemm_ops.gemm: _gemm,
+}

@@ -1,0 +1,149 @@
+"""Find or make the plan of an attention call, run it, and recover from a backend that fails at launch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_accel.dispatch import override, quarantine, registry
+from vllm_accel.dispatch.backend import AttentionArgs
+from vllm_accel.dispatch.choose import OpFamily, choose
+from vllm_accel.dispatch.device import detect
+from vllm_accel.dispatch.guard import tensor_guard
+from vllm_accel.dispatch.plan import Plan, PlanCache
+from vllm_accel.dispatch.settings import ATTENTION, settings
+from vllm_accel.dispatch.spec import AttentionSpec, Feature
+from vllm_accel.ops import selftest
+from vllm_accel.ops.arguments import Extras, Options, check_lengths, describe
+from vllm_accel.ops.autograd import AttentionFunction
+from vllm_accel.ops.empty import EMPTY
+
+
+def _make_spec(kind: tuple[Any, ...]) -> AttentionSpec:
+    fields: Any = kind[:-1]
+    return AttentionSpec(*fields, Feature(kind[-1]))
+
+
+FAMILY = OpFamily(
+    name="attention",
+    make_spec=_make_spec,
+    self_test=selftest.batch_invariance,
+)
+PLANS: PlanCache[Plan] = PlanCache()
+
+Result = Tensor | tuple[Tensor, Tensor]
+
+
+def asked_for(backend: object, overridden: override.Request) -> tuple[tuple[str, ...] | None, str]:
+    """Return the backends that a call asks for, and what asked: the argument, the context, the environment."""
+    if backend is not None:
+        return registry.resolve("attention", backend), "backend="
+    if overridden is not None:
+        return overridden, "use_backend"
+    return settings().request("attention"), ATTENTION
+
+
+def make_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extras: Extras,
+    options: Options,
+    lengths: tuple[int, int] | None,
+    grad: bool,
+    backend: object,
+    overridden: override.Request,
+) -> tuple[Plan, bool]:
+    """Check the call, choose and bind a backend.
+
+    Returns:
+        The plan, and whether it may be kept (not when made while a CUDA graph is captured).
+
+    Raises:
+        ValueError, TypeError: a wrong argument. UnsupportedCallError, BackendUnavailableError: nothing can run it.
+    """
+    max_q, max_k = lengths or (None, None)
+    described = describe(q, k, v, extras, options, max_q, max_k, grad)
+    asked, asked_by = asked_for(backend, overridden)
+    device = q.device
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    tensors = (q, k, v, *(t for t in extras if t is not None))
+    if described.empty:
+        kernel, name, spec, where = EMPTY, "empty", FAMILY.make_spec(described.kind), detect(device)
+    else:
+        bound, question = choose(FAMILY, described.kind, device, asked, asked_by, described.sizes, capturing)
+        kernel, name, spec, where = bound.kernel, bound.name, question.spec, question.device
+    forward = kernel.forward
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        forward = _on_device(forward, device)
+    checks_values = lengths is not None and (device.type == "cpu" or settings().check)
+    plan = Plan(
+        check=tensor_guard(*tensors),
+        forward=forward,
+        args=described.args,
+        direct=not (grad or options.return_lse or checks_values),
+        grad=grad,
+        kernel=kernel,
+        backend=name,
+        spec=spec,
+        device=where,
+        explicit=asked is not None,
+    )
+    return plan, not capturing
+
+
+def execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, return_lse: bool) -> Result:
+    """Run a plan: values checked where the call says so, gradients recorded where one is needed."""
+    if args.cu_seqlens_q is not None and not plan.direct and (q.device.type == "cpu" or settings().check):
+        check_lengths(args, q.shape[0], k.shape[0])
+    if plan.grad:
+        out, lse = AttentionFunction.apply(  # type: ignore[no-untyped-call]
+            q, k, v, args.attn_bias, args.sinks, plan, args, return_lse
+        )
+    else:
+        out, lse, _ = plan.forward(q, k, v, args)
+    return (out, lse) if return_lse else out
+
+
+def may_fall_back(plan: Plan, error: Exception) -> bool:
+    """Quarantine the backend of a plan that failed at launch, if another one may run the call instead.
+
+    Not for out of memory, wrong arguments, an explicit or reproducible choice, or an error that has poisoned the
+    CUDA context (SPEC 4.6). True means: make another plan and run again.
+    """
+    if plan.explicit or plan.backend == "empty":
+        return False
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, ValueError, TypeError)):
+        return False
+    if plan.spec.features & (Feature.DETERMINISTIC | Feature.BATCH_INVARIANT):
+        return False
+    if plan.device.type == "cuda" and _poisoned(error):
+        return False
+    quarantine.put("attention", plan.backend, plan.spec, plan.device, error)
+    return True
+
+
+def _poisoned(error: Exception) -> bool:
+    """Tell whether CUDA reported an error that every later call on this context repeats."""
+    if isinstance(error, getattr(torch, "AcceleratorError", ())):
+        return True
+    text = str(error)
+    return "CUDA error" in text and "no kernel image" not in text and "invalid configuration" not in text
+
+
+def _on_device(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Launch on the tensors' device: kernels that are not torch's own use the current one."""
+    index = device.index
+
+    @functools.wraps(forward)
+    def launch(q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Any:
+        if torch.cuda.current_device() == index:
+            return forward(q, k, v, args)
+        with torch.cuda.device(index):
+            return forward(q, k, v, args)
+
+    return launch

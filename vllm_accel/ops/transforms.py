@@ -1,0 +1,76 @@
+"""Calls that are not plain eager tensors: autocast casts first, fake tensors take the operator, the rest is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from vllm_accel.ops.arguments import Extras
+
+_PLAIN = (Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", Tensor))  # Buffer came with torch 2.5
+
+
+def redirect(q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Callable[..., Any] | None:
+    """Return what runs the call instead of a plan, or None for plain eager tensors.
+
+    Raises:
+        TypeError: an argument is not a tensor, or a tensor type (nested, distributed) that no kernel takes.
+        NotImplementedError: inside vmap, forward-mode differentiation or another functorch transform.
+    """
+    for name, tensor in zip("qkv", (q, k, v), strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "attention does not run inside vmap, grad or jvp of torch.func; fold the mapped dimension into the batch"
+        )
+    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in (q, k, v, *extras)):
+        raise NotImplementedError("attention has no forward-mode derivative; use backward()")
+    for name, tensor in zip("qkv", (q, k, v), strict=True):
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            raise TypeError(f"{name} is a nested or sparse tensor; pass its values to attention_varlen with cu_seqlens")
+        if type(tensor) not in _PLAIN:
+            if _is_traced(tensor):
+                return lambda _, traced, options, lengths, backend: traced(q, k, v, extras, options, lengths, backend)
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__}; attention takes plain tensors (for DTensor: to_local())"
+            )
+    if torch.compiler.is_compiling():  # torch.export and make_fx trace without Dynamo
+        return lambda _, traced, options, lengths, backend: traced(q, k, v, extras, options, lengths, backend)
+    if torch.is_autocast_enabled(q.device.type):
+        return _autocast(q, k, v, extras)
+    return None
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    from torch._subclasses import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(tensor, (FakeTensor, FunctionalTensor))
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Callable[..., Any]:
+    """Cast q, k, v as `F.scaled_dot_product_attention` does, then call with autocast off. fp32 biases stay fp32."""
+    kind = q.device.type
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(tensor: Tensor | None) -> Any:
+        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
+        return tensor.to(dtype) if eligible and tensor is not None else tensor
+
+    def run(eager: Callable[..., Any], _: Any, options: Any, lengths: Any, backend: Any) -> Any:
+        bias, casted = extras.attn_bias, extras
+        if bias is not None and bias.dtype not in (torch.bool, torch.float32):
+            casted = extras._replace(attn_bias=cast(bias))
+        with torch.autocast(kind, enabled=False):
+            return eager(cast(q), cast(k), cast(v), casted, options, lengths, backend)
+
+    return run

@@ -1,0 +1,42 @@
+"""`warmup`: build now what a call would otherwise compile at its first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_accel.dispatch import registry, warm
+from vllm_accel.dispatch.selection import State
+from vllm_accel.ops.explain import explain
+
+
+def warmup(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, ...]:
+    """Run ``fn(*args, **kwargs)`` once on every backend that automatic choice holds back until it is compiled.
+
+    Afterwards automatic choice may take those backends for calls of this kind at any length, in this process. A
+    backend that fails to build is left out and logged by the call that needed it.
+
+    Args:
+        fn: `attention` or `attention_varlen`. args, kwargs: of a typical call, with real tensors on their device.
+
+    Returns:
+        The names of the backends that were built.
+
+    Raises:
+        As `explain`; a backend that cannot be built raises its own error.
+    """
+    selection = explain(fn, *args, **kwargs)
+    held = [
+        c.name
+        for c in selection.candidates
+        if c.state is State.HELD_BACK and any(reason.code == "first_call" for reason in c.reasons)
+    ]
+    for name in held:
+        out = fn(*args, **{**kwargs, "backend": name})
+        first = out[0] if isinstance(out, tuple) else out
+        if first.requires_grad:
+            first.backward(torch.zeros_like(first))
+        warm.mark_warm(selection.op, registry.get(selection.op, name).name, selection.spec, selection.device)
+    return tuple(held)
