@@ -149,7 +149,8 @@ def _efficient_attention_forward(
             check(stop <= total_q and k_stop <= key.shape[1], "CUDA error: an illegal memory access was encountered")
             k_stop = k_stop if seqlen_k is None else k_start + int(seqlen_k[b])
             stop = min(stop, start + max_q)
-            q, k, v, rows = query[:, start:stop], key[:, k_start:k_stop], value[:, k_start:k_stop], (0, slice(start, stop))
+            rows, keys = (0, slice(start, stop)), slice(k_start, k_stop)
+            q, k, v = query[:, start:stop], key[:, keys], value[:, keys]
         out_b, lse_b = _efficient_one(q, k, v, bias, b, dropout_p, (seed, offset), scale, custom_mask_type, window)
         out[rows] = out_b.to(query.dtype)
         if compute_log_sumexp:

@@ -1,8 +1,8 @@
 """A stand-in for the package flash_attn 2.8.3 on CPU tensors: what a user calls.
 
 Read in flash_attn/flash_attn_interface.py of flash-attn 2.8.3.post2; the operators below it are in
-``flash_attn_2_ops``. Two conventions live here: head sizes that are no multiple of 8 are padded, so that ``out`` is then
-a view of a larger tensor; and the log-sum-exp that is returned looks differentiable but its gradient is ignored.
+``flash_attn_2_ops``. Two conventions live here: head sizes that are no multiple of 8 are padded, so that ``out`` is
+then a view of a larger tensor; and the log-sum-exp that is returned looks differentiable, but its gradient is ignored.
 """
 
 from __future__ import annotations

@@ -94,9 +94,7 @@ def _rng(p_dropout: float) -> Tensor:
     return kernel.draw_rng_state() if p_dropout > 0.0 else torch.full((2,), -(2**62), dtype=torch.int64)
 
 
-def _probabilities(
-    q: Tensor, k: Tensor, scale: float, mask: _Mask, kept: Tensor, shape: tuple[int, ...]
-) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, scale: float, mask: _Mask, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
     """S_dmask: probabilities padded to multiples of 128, negative where they were dropped."""
     eye = torch.eye(k.shape[1], dtype=torch.float64)[None, :, None].expand(k.shape[0], -1, k.shape[2], -1)
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
@@ -134,9 +132,7 @@ def _flash_attn_forward(
     check(seqlen_q > 0 or seqlen_k == 0, "CUDA error: invalid configuration argument")
     kernel.check_aligned(q=q, k=k, v=v)
 
-    mask = _Mask(
-        seqlen_q, seqlen_k, causal, window_size_left, window_size_right, alibi_slopes, forward=True
-    )
+    mask = _Mask(seqlen_q, seqlen_k, causal, window_size_left, window_size_right, alibi_slopes, forward=True)
     rng_state, keep = _rng(dropout_p), 1.0 - dropout_p
     kept = kernel.dropout_mask(rng_state, (batch, heads, seqlen_q, seqlen_k), keep) if dropout_p > 0 else None
     out, lse = kernel.forward(
@@ -200,9 +196,7 @@ def _flash_attn_varlen_forward(
         check(total_q == batch, f"shape '{list(size)}' is invalid for input of size {q.numel()}")
         cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32)
 
-    mask = _Mask(
-        max_seqlen_q, max_seqlen_k, causal, window_size_left, window_size_right, alibi_slopes, forward=True
-    )
+    mask = _Mask(max_seqlen_q, max_seqlen_k, causal, window_size_left, window_size_right, alibi_slopes, forward=True)
     rng_state, keep = _rng(dropout_p), 1.0 - dropout_p
     out = kernel.garbage(total_q, heads, dim, dtype=q.dtype)
     lse = kernel.garbage(heads, total_q, dtype=torch.float32)
@@ -293,9 +287,7 @@ def _flash_attn_backward(
         return softmax_d
     check(seqlen_k > 0, "CUDA error: invalid configuration argument")
 
-    mask = _Mask(
-        seqlen_q, seqlen_k, causal, window_size_left, window_size_right, alibi_slopes, forward=False
-    )
+    mask = _Mask(seqlen_q, seqlen_k, causal, window_size_left, window_size_right, alibi_slopes, forward=False)
     keep, kept = 1.0 - dropout_p, None
     if dropout_p > 0.0:
         rng_state = kernel.draw_rng_state() if rng_state is None else rng_state
@@ -356,9 +348,7 @@ def _flash_attn_varlen_backward(
         return softmax_d
     check(max_seqlen_k > 0, "CUDA error: invalid configuration argument")
 
-    mask = _Mask(
-        max_seqlen_q, max_seqlen_k, causal, window_size_left, window_size_right, alibi_slopes, forward=False
-    )
+    mask = _Mask(max_seqlen_q, max_seqlen_k, causal, window_size_left, window_size_right, alibi_slopes, forward=False)
     keep = 1.0 - dropout_p
     if dropout_p > 0.0 and rng_state is None:
         rng_state = kernel.draw_rng_state()

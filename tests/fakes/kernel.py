@@ -48,9 +48,7 @@ def _heads_first(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], dim=1) if x.shape[1] != heads else x
 
 
-def _scores(
-    q: Tensor, k: Tensor, scale: float, softcap: float, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     scores = q @ k.transpose(-1, -2) * scale
     slope = None
     if softcap > 0.0:

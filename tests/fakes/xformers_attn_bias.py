@@ -121,9 +121,7 @@ class _PaddedSeqLenInfo(_SeqLenInfo):
 
     @classmethod
     def from_seqlens(cls, seqlens: Iterable[int], *, device: torch.device | None = None) -> _SeqLenInfo:
-        raise RuntimeError(
-            "Use either `_SeqLenInfo.from_seqlens` or `_PaddedSeqLenInfo.from_seqlens_padded`"
-        )
+        raise RuntimeError("Use either `_SeqLenInfo.from_seqlens` or `_PaddedSeqLenInfo.from_seqlens_padded`")
 
     @classmethod
     def from_seqlens_padded(
@@ -187,9 +185,7 @@ class BlockDiagonalMask(_Blocks):
         return BlockDiagonalCausalFromBottomRightMask(self.q_seqinfo, self.k_seqinfo, self._batch_sizes)
 
     def make_local_attention(self, window_size: int) -> BlockDiagonalCausalLocalAttentionMask:
-        return BlockDiagonalCausalLocalAttentionMask(
-            self.q_seqinfo, self.k_seqinfo, self._batch_sizes, window_size
-        )
+        return BlockDiagonalCausalLocalAttentionMask(self.q_seqinfo, self.k_seqinfo, self._batch_sizes, window_size)
 
     def make_local_attention_from_bottomright(
         self, window_size: int
@@ -215,8 +211,7 @@ class BlockDiagonalCausalFromBottomRightMask(BlockDiagonalMask):
         for i, (seqlen_q, seqlen_k) in enumerate(self._lengths()):
             if seqlen_k < seqlen_q:
                 raise ValueError(
-                    f"Block #{i} has num_keys={seqlen_k} and num_queries={seqlen_q}."
-                    " Expected `num_keys >= num_queries`"
+                    f"Block #{i} has num_keys={seqlen_k} and num_queries={seqlen_q}. Expected `num_keys >= num_queries`"
                 )
 
     def _block(self, seqlen_q: int, seqlen_k: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """A stand-in on CPU tensors for xformers.ops.fmha 0.0.35 and mslk.attention.fmha 1.1.0.
 
 Read in xformers/ops/fmha/{__init__, common, dispatch, cutlass, flash}.py (mslk's copies differ only in
-``memory_efficient_attention_partial``). Both libraries delegate to PyTorch's kernels, and so does this: ``flash`` (from
-sm_80) and ``cutlass`` (everywhere, to sm_90) run :mod:`fakes.aten`, and bring its conventions with them: **the log-sum-exp
+``memory_efficient_attention_partial``). Both libraries delegate to PyTorch's kernels, and so does this: ``flash``
+(from sm_80) and ``cutlass`` (to sm_90) run :mod:`fakes.aten`, and bring its conventions with them: **the log-sum-exp
 depends on the operator chosen**. flash: exact length, packed (1, H, T) for block-diagonal masks, +inf in empty rows;
 cutlass: padded to 32 in the last dimension, (sequences, H, ceil32(max)) for block-diagonal masks, 0.0 in empty rows.
 Not modelled: FlashAttention 3, triton_splitk, CK, cute, and the check for a CUDA device.
@@ -363,7 +363,8 @@ class _FlashBw(_Op):
         bias, tensors = inp.attn_bias, (grad.contiguous(), inp.query, inp.key, inp.value, out)
         causal, left, right = _flash_window(bias)
         if isinstance(bias, VARLEN_BIASES):
-            info = (bias.q_seqinfo.seqstart, bias.k_seqinfo.seqstart, bias.q_seqinfo.max_seqlen, bias.k_seqinfo.max_seqlen)
+            q_info, k_info = bias.q_seqinfo, bias.k_seqinfo
+            info = (q_info.seqstart, k_info.seqstart, q_info.max_seqlen, k_info.max_seqlen)
             tensors, lse = tuple(x.reshape(-1, *x.shape[2:]) for x in tensors), lse[0]
         else:
             info = (None, None, inp.query.shape[1], inp.key.shape[1])
@@ -376,11 +377,11 @@ class _FlashBw(_Op):
         return *(x.reshape(shape) for x, shape in zip(grads, shapes, strict=True)), None
 
 
-class cutlass:  # noqa: N801 - a module there
+class cutlass:
     FwOp, BwOp = _CutlassFw, _CutlassBw
 
 
-class flash:  # noqa: N801 - a module there
+class flash:
     FwOp, BwOp = _FlashFw, _FlashBw
 
 
@@ -445,7 +446,7 @@ def _backward(inp: Inputs, grad: Tensor, out: Tensor, lse: Tensor, rng: Any, op:
     return *(x.reshape(shape) for x, shape in zip(grads, shapes, strict=True)), db
 
 
-class _fMHA(torch.autograd.Function):  # noqa: N801
+class _fMHA(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ops: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, p: float, scale: float | None):
         out, lse, rng, chosen = _forward(Inputs(q, k, v, bias, p, scale), ops[0], True)

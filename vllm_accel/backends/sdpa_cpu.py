@@ -75,7 +75,6 @@ class SdpaCpuKernel:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> tuple[Tensor, Tensor | None, None]:
         """Return out and lse (None unless needed)."""
-        q, k, v = (unit_inner(t) for t in (q, k, v))
         out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
         *batch, tokens, heads, _ = q.shape
         dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
@@ -107,8 +106,8 @@ class SdpaCpuKernel:
         dsinks = sinks_grad(args.sinks, out, lse, dout, dlse)
         head_dim, head_dim_v = q.shape[-1], v.shape[-1]
         size = max(head_dim, head_dim_v + (dlse is not None))
-        v, out, dout = with_dlse_column(unit_inner(v), unit_inner(out), unit_inner(dout), dlse, size)
-        q, k = (pad_heads(unit_inner(t), size) for t in (q, k))
+        v, out, dout = with_dlse_column(v, out, unit_inner(dout), dlse, size)
+        q, k = (pad_heads(t, size) for t in (q, k))
         # A row without keys must add nothing: its probability is exp(score - inf) = 0.
         lse = torch.where(lse == -math.inf, math.inf, lse)
         dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -136,8 +135,6 @@ class DirectKernel(SdpaCpuKernel):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> tuple[Tensor, Tensor | None, None]:
         """Return out and lse. The operator mostly writes (B, S, H, D) and returns a transposed view."""
-        if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
-            q, k, v = unit_inner(q), unit_inner(k), unit_inner(v)
         out, lse = _forward(
             q.transpose(1, 2),
             k.transpose(1, 2),

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 OK, WRONG_USE = 0, 2
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line, and which takes ``-1,0`` as a value."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Python before 3.13 takes only a lone negative number as a value, so `--window -1,0` looked like an option.
+        self._negative_number_matcher = re.compile(r"^-\d[\d.,-]*$")
 
     def error(self, message: str) -> NoReturn:
         """Print one line and leave with exit code 2."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -39,6 +40,13 @@ def plain(text: object, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(str(text), style=style)
+
+
+def indented(text: str, columns: int) -> Padding:
+    """Return text that keeps its indentation when it wraps."""
+    from rich.padding import Padding
+
+    return Padding(plain(text), (0, 0, 0, columns))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> Table:

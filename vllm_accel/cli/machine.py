@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from packaging.version import InvalidVersion
+from packaging.version import Version as Parsed
 
 from vllm_accel.dispatch import device as devices
 from vllm_accel.dispatch.device import Device
@@ -44,13 +46,21 @@ def this_machine() -> Machine:
     """Describe the machine and torch build that this process runs on; starts no CUDA context."""
     return Machine(
         torch=str(torch.__version__).split("+")[0],
-        cuda=devices._version(torch.version.cuda),
-        hip=devices._version(torch.version.hip),
+        cuda=_two(torch.version.cuda),
+        hip=_two(torch.version.hip),
         python=f"cp{sys.version_info.major}{sys.version_info.minor}",
         platform=_platform_tag(),
         cxx11_abi=bool(torch.compiled_with_cxx11_abi()),
         arch_list=arch_list(),
     )
+
+
+def _two(text: str | None) -> Version | None:
+    try:
+        parsed = Parsed((text or "").split("-")[0])  # ROCm: "6.4.43484-123eb5128"
+    except InvalidVersion:
+        return None
+    return parsed.major, parsed.minor
 
 
 def _platform_tag() -> str:

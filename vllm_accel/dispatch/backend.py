@@ -63,7 +63,10 @@ class ForwardResult(NamedTuple):
 
 
 class AttentionKernel(Protocol):
-    """A bound attention implementation. Stateless between calls, safe from several threads."""
+    """A bound attention implementation. Stateless between calls, safe from several threads.
+
+    q, k and v arrive with innermost stride 1 (copied before, where they had another); other strides are free.
+    """
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs

@@ -20,7 +20,7 @@ def python_guard(*tensors: Tensor) -> TensorGuard:
     """Return a check for tensors of the same type, dtype, device, sizes and gradient need, outside any transform."""
 
     def kind(t: Tensor) -> tuple[object, ...]:
-        return type(t), t.dtype, t.device, t.shape, t.requires_grad, t.layout
+        return type(t), t.dtype, t.device, t.shape, _inner_stride(t), t.requires_grad, t.layout
 
     def modes() -> tuple[object, ...]:
         return (
@@ -35,14 +35,18 @@ def python_guard(*tensors: Tensor) -> TensorGuard:
 
 
 def _torch_guard(*tensors: Tensor) -> TensorGuard:
-    # Strides stay free: kernels look at them themselves, and a view must not need another plan.
+    # Of the strides only the innermost counts (kernels want it to be 1): another view must not need another plan.
     guards = _guards_type(
         *tensors,
         dynamic_dims_sizes=[[*t.shape] for t in tensors],  # type: ignore[misc, unused-ignore]
-        dynamic_dims_strides=[[None] * t.dim() for t in tensors],  # type: ignore[misc, unused-ignore]
+        dynamic_dims_strides=[[*[None] * (t.dim() - 1), *_inner_stride(t)] for t in tensors],  # type: ignore[misc, unused-ignore]
     )
     check: TensorGuard = guards.check
     return check
+
+
+def _inner_stride(t: Tensor) -> tuple[int, ...]:
+    return t.stride()[-1:]
 
 
 def _works() -> bool:
@@ -50,9 +54,11 @@ def _works() -> bool:
     a, b = torch.zeros(2, 3), torch.zeros(3)
     try:
         check = _torch_guard(a, b)
-        same = check(a, b) and check(a.t().contiguous().t(), b)
+        wide = torch.zeros(2, 6)[:, :3]
+        same = check(a, b) and check(wide, b)
         differ = (
-            check(a.double(), b)
+            check(a.t().contiguous().t(), b)
+            or check(a.double(), b)
             or check(a[:1], b)
             or check(a, b[:2])
             or check(a.clone().requires_grad_(), b)

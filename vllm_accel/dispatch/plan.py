@@ -24,23 +24,15 @@ class Plan:
         check: true for tensors of the kind this plan was made for.
         forward: the kernel's forward.
         args: everything of the call but the main tensors, where no optional tensor is given.
-        direct: forward(q, k, v, args)[0] is the whole answer (no gradient, no LSE asked for, no value to check).
+        direct: forward(q, k, v, args)[0] is the whole answer (no gradient, no LSE asked for, nothing to check or copy).
+        grad: an input requires a gradient. copies: an innermost stride is not 1, which kernels do not take.
         kernel, backend, spec, device: what the plan was made of.
         explicit: the backend was asked for by name, so a failure is never papered over.
     """
 
     __slots__ = (
-        "args",
-        "backend",
-        "check",
-        "device",
-        "direct",
-        "explicit",
-        "forward",
-        "grad",
-        "kernel",
-        "spec",
-    )
+        "args", "backend", "check", "copies", "device", "direct", "explicit", "forward", "grad", "kernel", "spec",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -50,6 +42,7 @@ class Plan:
         args: Any,
         direct: bool,
         grad: bool,
+        copies: bool,
         kernel: Any,
         backend: str,
         spec: Any,
@@ -61,6 +54,7 @@ class Plan:
         self.args = args
         self.direct = direct
         self.grad = grad
+        self.copies = copies
         self.kernel = kernel
         self.backend = backend
         self.spec = spec

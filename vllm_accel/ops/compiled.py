@@ -106,7 +106,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
         check_lengths(args, q.shape[0], k.shape[0])
     try:
         with torch.autocast(q.device.type, enabled=False):
-            out, lse, rng = plan.forward(q, k, v, args)
+            out, lse, rng = plan.forward(*_unit_inner(plan, q, k, v), args)
     except Exception as error:
         if not may_fall_back(plan, error):
             raise
@@ -114,6 +114,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     if lse is None or not args.need_lse:
         lse = q.new_empty(0, dtype=torch.float32)
     return out, lse, q.new_empty(0, dtype=torch.int64) if rng is None else rng
+
+
+def _unit_inner(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.contiguous() if plan.copies and t.stride(-1) != 1 else t for t in (q, k, v))
 
 
 def _backward(
@@ -129,7 +133,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan, args = _plan(q, k, v, rest)
     with torch.autocast(q.device.type, enabled=False):
-        grads = plan.kernel.backward(q, k, v, args, out, lse, rng if rng.numel() else None, dout, dlse)
+        grads = plan.kernel.backward(
+            *_unit_inner(plan, q, k, v), args, out, lse, rng if rng.numel() else None, dout, dlse
+        )
     dbias = q.new_empty(0) if grads.dbias is None else grads.dbias
     dsinks = q.new_empty(0) if grads.dsinks is None else grads.dsinks
     return grads.dq, grads.dk, grads.dv, dbias, dsinks

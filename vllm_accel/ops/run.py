@@ -24,8 +24,8 @@ from vllm_accel.ops.empty import EMPTY
 
 
 def _make_spec(kind: tuple[Any, ...]) -> AttentionSpec:
-    fields: Any = kind[:-1]
-    return AttentionSpec(*fields, Feature(kind[-1]))
+    fields: list[Any] = [*kind[:-1]]
+    return AttentionSpec(*fields, Feature(kind[-1]))  # type: ignore[call-arg, unused-ignore]
 
 
 FAMILY = OpFamily(
@@ -81,12 +81,14 @@ def make_plan(
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         forward = _on_device(forward, device)
     checks_values = lengths is not None and (device.type == "cpu" or settings().check)
+    copies = any(t.stride(-1) != 1 for t in (q, k, v))
     plan = Plan(
         check=tensor_guard(*tensors),
         forward=forward,
         args=described.args,
-        direct=not (grad or options.return_lse or checks_values),
+        direct=not (grad or options.return_lse or checks_values or copies),
         grad=grad,
+        copies=copies,
         kernel=kernel,
         backend=name,
         spec=spec,
@@ -100,6 +102,8 @@ def execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, re
     """Run a plan: values checked where the call says so, gradients recorded where one is needed."""
     if args.cu_seqlens_q is not None and not plan.direct and (q.device.type == "cpu" or settings().check):
         check_lengths(args, q.shape[0], k.shape[0])
+    if plan.copies:
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     if plan.grad:
         out, lse = AttentionFunction.apply(  # type: ignore[no-untyped-call]
             q, k, v, args.attn_bias, args.sinks, plan, args, return_lse
