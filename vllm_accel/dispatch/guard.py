@@ -35,6 +35,8 @@ def python_guard(*tensors: Tensor) -> TensorGuard:
 
 
 def _torch_guard(*tensors: Tensor) -> TensorGuard:
+    if len({id(t) for t in tensors}) < len(tensors):
+        return python_guard(*tensors)  # torch's refuses one tensor in two places, always
     # Of the strides only the innermost counts (kernels want it to be 1): another view must not need another plan.
     guards = _guards_type(
         *tensors,

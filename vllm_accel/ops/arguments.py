@@ -314,7 +314,7 @@ def with_four_dims(attn_bias: Any) -> Any:
 def needs_grad(q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> bool:
     """Tell whether an input that attention can differentiate requires a gradient."""
     tensors = (q, k, v, extras.attn_bias, extras.sinks)
-    return any(t is not None and t.requires_grad for t in tensors)
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def _relation(seqlen_q: int, seqlen_k: int) -> Relation:

@@ -175,8 +175,9 @@ def _general(
     present: tuple[Tensor, ...] = ()
     if extras is not NO_EXTRAS:
         # Which tensors are given, and whether cu_seqlens is shared, belong to the kind of call.
-        present = tuple(t for t in extras if t is not None)
-        key += (*(t is None for t in extras), extras.cu_seqlens_q is extras.cu_seqlens_k)
+        shared = extras.cu_seqlens_q is extras.cu_seqlens_k
+        present = tuple(t for t in (extras[1:] if shared else extras) if t is not None)
+        key += (*(t is None for t in extras), shared)
     shapes = None
     plan = None
     try:

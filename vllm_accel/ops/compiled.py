@@ -88,8 +88,9 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, rest: tuple[Any, ...]) -> tuple[Plan,
     options = Options(causal, (left, right), scale, softcap, dropout_p, return_lse, exact, invariant)
     lengths = None if max_q < 0 else (max_q, max_k)
     overridden = override.variable("attention").get()
-    present = tuple(t for t in extras if t is not None)
-    key = ("operator", *options, names, overridden, grad, *(t is None for t in extras))
+    shared = extras.cu_seqlens_q is extras.cu_seqlens_k
+    present = tuple(t for t in (extras[1:] if shared else extras) if t is not None)
+    key = ("operator", *options, names, overridden, grad, *(t is None for t in extras), shared)
     shapes = (q.shape, k.shape, lengths)
     plan = PLANS.find(key, shapes, (q, k, v, *present))
     if plan is None:

@@ -71,7 +71,8 @@ def make_plan(
     asked, asked_by = asked_for(backend, overridden)
     device = q.device
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    tensors = (q, k, v, *(t for t in extras if t is not None))
+    shared = extras.cu_seqlens_q is extras.cu_seqlens_k  # one tensor in two places is guarded once
+    tensors = (q, k, v, *(t for t in (extras[1:] if shared else extras) if t is not None))
     if described.empty:
         kernel, name, spec, where = EMPTY, "empty", FAMILY.make_spec(described.kind), detect(device)
     else:
