@@ -9,6 +9,7 @@ import torch
 import vllm_accel
 from torch._dynamo.testing import CompileCounter
 from vllm_accel import attention, attention_varlen, merge_attention, use_backend
+from vllm_accel.dispatch.spec import Feature
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +193,7 @@ def test_the_operator_passes_torchs_own_check(grad: bool, varlen: bool) -> None:
         True,
         False,
         False,
-        grad,
+        Feature.GRAD.value if grad else 0,
         "",
     )
     result = torch.library.opcheck(torch.ops.vllm_accel.attention.default, args)

@@ -74,9 +74,9 @@ def describe(
     options: Options,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
-    grad: bool,
+    grad: int,
 ) -> Described:
-    """Check a dense (lengths None) or packed call and describe it.
+    """Check a dense (lengths None) or packed call and describe it; `grad` is what `needs_grad` says.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
@@ -118,7 +118,7 @@ def describe(
         flags |= _VALUE_DIM
     bias_shape: tuple[int, ...] = ()
     if extras is not NO_EXTRAS:
-        flags |= _extra_flags(extras, grad, dtype, device, (batch, heads, seqlen_q, seqlen_k), kv_heads, varlen)
+        flags |= _extra_flags(extras, dtype, device, (batch, heads, seqlen_q, seqlen_k), kv_heads, varlen)
         bias_shape = () if extras.attn_bias is None else tuple(extras.attn_bias.shape)
 
     kind = (
@@ -145,7 +145,7 @@ def describe(
 NO_EXTRAS = Extras()
 
 
-def _option_flags(options: Options, grad: bool) -> int:
+def _option_flags(options: Options, grad: int) -> int:
     causal, window_size, scale, softcap, dropout_p, return_lse, deterministic, batch_invariant = options
     for name, value in (
         ("causal", causal),
@@ -155,7 +155,7 @@ def _option_flags(options: Options, grad: bool) -> int:
     ):
         if value is not True and value is not False:
             raise TypeError(f"{name} must be True or False, not {value!r}")
-    flags = (_CAUSAL if causal else 0) | (_GRAD if grad else 0)
+    flags = (_CAUSAL if causal else 0) | grad
     if return_lse:
         flags |= _LSE | (_F["LSE_GRAD"] if grad else 0)
     if window_size is not NO_WINDOW:
@@ -224,7 +224,6 @@ def _packed(
 
 def _extra_flags(
     extras: Extras,
-    grad: bool,
     dtype: torch.dtype,
     device: torch.device,
     full: tuple[int, int, int, int],
@@ -246,10 +245,10 @@ def _extra_flags(
             raise ValueError("alibi_slopes requires a gradient, and none is defined for it; pass alibi_slopes.detach()")
         flags |= _F["ALIBI"]
     if (bias := extras.attn_bias) is not None:
-        flags |= _bias_flags(bias, grad, dtype, full)
+        flags |= _bias_flags(bias, dtype, full)
     if (sinks := extras.sinks) is not None:
         _check_small("sinks", sinks, (torch.float32, dtype), ((heads,),))
-        flags |= _F["SINKS"] | (_F["SINKS_GRAD"] if grad and sinks.requires_grad else 0)
+        flags |= _F["SINKS"]
     for name in ("q_descale", "k_descale", "v_descale"):
         if (descale := getattr(extras, name)) is not None:
             _check_small(name, descale, (torch.float32,), ((), (kv_heads,), (batch, kv_heads)))
@@ -259,14 +258,14 @@ def _extra_flags(
     return flags
 
 
-def _bias_flags(bias: Tensor, grad: bool, dtype: torch.dtype, full: tuple[int, int, int, int]) -> int:
+def _bias_flags(bias: Tensor, dtype: torch.dtype, full: tuple[int, int, int, int]) -> int:
     if bias.dtype not in (torch.bool, torch.float32, dtype):
         raise TypeError(f"attn_bias must be bool, float32 or {dtype}; got {bias.dtype}")
     if bias.dim() != 4 or any(b not in (1, f) for b, f in zip(bias.shape, full, strict=True)):
         raise ValueError(f"attn_bias {tuple(bias.shape)} must be broadcastable to (B, H, Sq, Sk) = {full}")
     if bias.dtype is torch.bool:
         return _F["MASK"]
-    return _F["BIAS"] | (_F["BIAS_GRAD"] if grad and bias.requires_grad else 0)
+    return _F["BIAS"]
 
 
 def _check_small(
@@ -311,10 +310,19 @@ def with_four_dims(attn_bias: Any) -> Any:
     return attn_bias
 
 
-def needs_grad(q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> bool:
-    """Tell whether an input that attention can differentiate requires a gradient."""
-    tensors = (q, k, v, extras.attn_bias, extras.sinks)
-    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+def needs_grad(q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> int:
+    """Return the feature flags GRAD, BIAS_GRAD and SINKS_GRAD that the inputs ask for, 0 for none.
+
+    Flags travel instead of being looked up later, because below autograd (in the compiled operator) tensors no longer
+    say what they require.
+    """
+    if not torch.is_grad_enabled():
+        return 0
+    flags = _GRAD if q.requires_grad or k.requires_grad or v.requires_grad else 0
+    for tensor, flag in ((extras.attn_bias, "BIAS_GRAD"), (extras.sinks, "SINKS_GRAD")):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            flags |= _GRAD | _F[flag]
+    return flags
 
 
 def _relation(seqlen_q: int, seqlen_k: int) -> Relation:

@@ -188,7 +188,7 @@ def _general(
     if plan is None or forward_ad._current_level >= 0:
         if (redirected := transforms.redirect(q, k, v, extras)) is not None:
             return redirected(_general, compiled.attention, options, lengths, backend)  # type: ignore[no-any-return]
-        grad = grad_enabled and needs_grad(q, k, v, extras)
+        grad = needs_grad(q, k, v, extras)
         plan, keep = make_plan(q, k, v, extras, options, lengths, grad, backend, overridden)
         if keep:
             PLANS.add(key, shapes, plan)

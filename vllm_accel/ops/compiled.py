@@ -16,6 +16,7 @@ from torch import Tensor
 from vllm_accel.dispatch import override
 from vllm_accel.dispatch.backend import AttentionArgs
 from vllm_accel.dispatch.plan import Plan
+from vllm_accel.dispatch.spec import Feature
 from vllm_accel.ops.arguments import Extras, Options, check_lengths, needs_grad, with_four_dims
 from vllm_accel.ops.run import PLANS, make_plan, may_fall_back
 
@@ -24,7 +25,7 @@ _OPTIONS = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? attn_bias, Tensor? sinks, "
     "Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "float? softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, float dropout_p, "
-    "bool return_lse, bool deterministic, bool batch_invariant, bool grad, str backend"
+    "bool return_lse, bool deterministic, bool batch_invariant, int grad, str backend"
 )
 _N_EXTRAS = len(Extras._fields)
 
@@ -53,7 +54,7 @@ def attention(
         if bias is not None and bias.dtype not in (torch.bool, torch.float32):
             bias = bias.to(dtype)
     extras = extras._replace(attn_bias=bias)
-    grad = torch.is_grad_enabled() and needs_grad(q, k, v, extras)
+    grad = needs_grad(q, k, v, extras)
     max_q, max_k = (-1, -1) if lengths is None else lengths
     names = backend if isinstance(backend, str) else ",".join(backend or ())
     left, right = options.window_size
@@ -137,9 +138,16 @@ def _backward(
         grads = plan.kernel.backward(
             *_unit_inner(plan, q, k, v), args, out, lse, rng if rng.numel() else None, dout, dlse
         )
-    dbias = q.new_empty(0) if grads.dbias is None else grads.dbias
-    dsinks = q.new_empty(0) if grads.dsinks is None else grads.dsinks
+    wants_dbias, wants_dsinks = _wanted(rest)
+    dbias = grads.dbias if wants_dbias and grads.dbias is not None else q.new_empty(0)
+    dsinks = grads.dsinks if wants_dsinks and grads.dsinks is not None else q.new_empty(0)
     return grads.dq, grads.dk, grads.dv, dbias, dsinks
+
+
+def _wanted(rest: Sequence[Any]) -> tuple[bool, bool]:
+    """Read from the operator's flags whether attn_bias and sinks want gradients."""
+    flags = rest[_N_EXTRAS + 11]
+    return bool(flags & Feature.BIAS_GRAD.value), bool(flags & Feature.SINKS_GRAD.value)
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,13 +173,13 @@ def _fake_backward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     bias, sinks = rest[3], rest[4]
-    has_dbias = bias is not None and bias.dtype.is_floating_point
+    wants_dbias, wants_dsinks = _wanted(rest)
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape),
         v.new_empty(v.shape),
-        bias.new_empty(bias.shape) if has_dbias else q.new_empty(0),
-        q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape),
+        bias.new_empty(bias.shape) if wants_dbias else q.new_empty(0),
+        sinks.new_empty(sinks.shape) if wants_dsinks else q.new_empty(0),
     )
 
 
@@ -190,12 +198,10 @@ def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _drng
     dq, dk, dv, dbias, dsinks = torch.ops.vllm_accel.attention_backward(
         dout, dlse, q, k, v, out, lse, rng, *extras, *ctx.values
     )
-    bias, sinks = extras[3], extras[4]
     grads: list[Any] = [dq, dk, dv, *(None,) * (_N_EXTRAS + len(ctx.values))]
-    if bias is not None and bias.dtype.is_floating_point:
-        grads[3 + 3] = dbias
-    if sinks is not None:
-        grads[3 + 4] = dsinks
+    wants_dbias, wants_dsinks = _wanted((*extras, *ctx.values))
+    grads[3 + 3] = dbias if wants_dbias else None
+    grads[3 + 4] = dsinks if wants_dsinks else None
     return tuple(grads)
 
 

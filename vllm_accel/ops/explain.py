@@ -83,7 +83,7 @@ def _attention(given: dict[str, Any]) -> _Described:
     extras = Extras(*(bias if name == "attn_bias" else given.get(name) for name in Extras._fields))
     lengths = (given["max_seqlen_q"], given["max_seqlen_k"]) if "max_seqlen_q" in given else None
     q, k, v = given["q"], given["k"], given["v"]
-    grad = torch.is_grad_enabled() and needs_grad(q, k, v, extras)
+    grad = needs_grad(q, k, v, extras)
     max_q, max_k = lengths or (None, None)
     described = describe(q, k, v, extras, options, max_q, max_k, grad)
     asked, asked_by = run.asked_for(given["backend"], override.variable("attention").get())

@@ -54,7 +54,7 @@ def make_plan(
     extras: Extras,
     options: Options,
     lengths: tuple[int, int] | None,
-    grad: bool,
+    grad: int,
     backend: object,
     overridden: override.Request,
 ) -> tuple[Plan, bool]:
@@ -88,7 +88,7 @@ def make_plan(
         forward=forward,
         args=described.args,
         direct=not (grad or options.return_lse or checks_values or copies),
-        grad=grad,
+        grad=bool(grad),
         copies=copies,
         kernel=kernel,
         backend=name,

@@ -83,7 +83,7 @@ def kernel_call(backend: Backend, device: Device) -> Callable[..., Any]:
         options = Options(**{name: kwargs.get(name, default) for name, default in defaults.items()})
         extras = Extras(**{name: kwargs.get(name) for name in Extras._fields if name != "attn_bias"})
         extras = extras._replace(attn_bias=with_four_dims(kwargs.get("attn_bias")))
-        grad = torch.is_grad_enabled() and needs_grad(q, k, v, extras)
+        grad = needs_grad(q, k, v, extras)
         described = describe(q, k, v, extras, options, kwargs.get("max_seqlen_q"), kwargs.get("max_seqlen_k"), grad)
         spec = run.FAMILY.make_spec(described.kind)
         reasons = backend.capability.unsupported_reasons(spec, device)
@@ -92,7 +92,7 @@ def kernel_call(backend: Backend, device: Device) -> Callable[..., Any]:
             raise UnsupportedCallError(f"{backend.name} cannot run {spec}", {backend.name: reasons})
         kernel = backend.bind(spec, device)
         plan = Plan(
-            check=tensor_guard(q, k, v), forward=kernel.forward, args=described.args, direct=False, grad=grad, copies=True,
+            check=tensor_guard(q, k, v), forward=kernel.forward, args=described.args, direct=False, grad=bool(grad), copies=True,
             kernel=kernel, backend=backend.name, spec=spec, device=device, explicit=True,
         )  # fmt: skip
         return run.execute(plan, q, k, v, described.args, options.return_lse)
