@@ -92,8 +92,8 @@ def kernel_call(backend: Backend, device: Device) -> Callable[..., Any]:
             raise UnsupportedCallError(f"{backend.name} cannot run {spec}", {backend.name: reasons})
         kernel = backend.bind(spec, device)
         plan = Plan(
-            check=tensor_guard(q, k, v), forward=kernel.forward, args=described.args, direct=False, grad=bool(grad), copies=True,
-            kernel=kernel, backend=backend.name, spec=spec, device=device, explicit=True,
+            check=tensor_guard(q, k, v), forward=kernel.forward, args=described.args, direct=False, grad=bool(grad),
+            copies=True, kernel=kernel, backend=backend.name, spec=spec, device=device, explicit=True,
         )  # fmt: skip
         return run.execute(plan, q, k, v, described.args, options.return_lse)
 
