@@ -306,6 +306,7 @@ def test_an_unknown_setting_is_an_error_that_names_the_nearest(monkeypatch: pyte
         ("VLLM_ACCEL_ATTENTION_BACKEND", "refrence", "did you mean 'reference'"),
         ("VLLM_ACCEL_DISABLED_BACKENDS", "gemm:nothing", "unknown gemm backend 'nothing'"),
         ("VLLM_ACCEL_DISABLED_BACKENDS", "conv:x", "'conv' is not one of"),
+        ("VLLM_ACCEL_LIFT_KNOWN_BAD", "efficient-mask", "did you mean 'efficient-mask-65536'"),
     ],
 )
 def test_malformed_settings(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
@@ -396,6 +397,23 @@ def test_a_graph_per_shape_is_for_training_at_fixed_shapes(toy) -> None:
     q, k, v = _qkv()
     assert explain(attention, q, k, v)["toy_graph"].state is State.HELD_BACK
     assert explain(attention, q.requires_grad_(), k, v).chosen == "toy_graph"
+
+
+def test_a_plan_that_is_not_capture_safe_is_not_taken_during_capture(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_accel.ops.run import _outside_capture
+
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    check = _outside_capture(lambda *tensors: True)
+    assert check(1)
+    capturing = True
+    assert not check(1)
+    toy("toy_plain", 1.0, platforms=frozenset({"cuda"}), dtypes=frozenset({torch.float16}), capture_safe=False)
+    from vllm_accel.dispatch.selector import Question, select
+
+    spec = explain(attention, *_meta(), device="a100").spec
+    question = Question("attention", spec, PRESETS["a100"], asked=("toy_plain",), capturing=True, assume_available=True)
+    assert [r.code for r in select(question)["toy_plain"].reasons] == ["capture"]
 
 
 def test_exact_sizes_are_guarded_inside_one_bucket(toy) -> None:

@@ -30,6 +30,19 @@ def unit_inner(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor with innermost stride 1 and rows that start at multiples of 16 bytes, copied only if needed.
+
+    CUDA kernels load 16 bytes at a time and most entry points do not check: a misaligned row is a fault that poisons
+    the context. The last dimension must be a multiple of 16 bytes.
+    """
+    size, strides = tensor.element_size(), tensor.stride()
+    rows = zip(strides[:-1], tensor.shape[:-1], strict=True)
+    if strides[-1] == 1 and not (tensor.data_ptr() % 16 or any(s * size % 16 for s, n in rows if n > 1)):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def heads_before_tokens(lse_by_token: Tensor) -> Tensor:
     """(B, Sq, H) or (Tq, H) -> (B, H, Sq) or (H, Tq)."""
     return lse_by_token.transpose(-1, -2)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from vllm_accel.errors import Reason
+from vllm_accel.errors import BackendUnavailableError, Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,13 @@ def first_usable(*libraries: Library) -> Found | Reason:
             return found
         reasons.append(found)
     return next((reason for reason in reasons if reason.code != "not_installed"), reasons[0])
+
+
+def require(backend: str, found: Found | Reason) -> Found:
+    """Return a usable library. Raises BackendUnavailableError with the reason otherwise."""
+    if isinstance(found, Found):
+        return found
+    raise BackendUnavailableError(f"{backend} cannot be bound", {backend: (found,)})
 
 
 def forget() -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def wrong_use(command: str, error: BaseException | str) -> int:
 
 def hide(text: str) -> str:
     """Replace home directories by ``~``, so that a report can be posted."""
-    home = str(Path.home())
+    home = os.path.expanduser("~")  # unlike Path.home, never raises
     if len(home) > 1:
         text = re.sub(re.escape(home) + r"(?=[/\\:;,\s'\")]|$)", "~", text)
     return re.sub(r"(?:/home|/Users|[A-Za-z]:\\Users)[/\\][^/\\:;,\s'\")]+", "~", text)

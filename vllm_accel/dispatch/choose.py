@@ -37,10 +37,10 @@ class OpFamily:
 class Bound:
     """A backend bound to a kind of call, with the guards that exact sizes still have to pass."""
 
-    __slots__ = ("guards", "kernel", "name")
+    __slots__ = ("capture_safe", "guards", "kernel", "name")
 
-    def __init__(self, name: str, kernel: Any, guards: tuple[Guard, ...]) -> None:
-        self.name, self.kernel, self.guards = name, kernel, guards
+    def __init__(self, name: str, kernel: Any, guards: tuple[Guard, ...], capture_safe: bool) -> None:
+        self.name, self.kernel, self.guards, self.capture_safe = name, kernel, guards, capture_safe
 
 
 class Choice:
@@ -67,7 +67,7 @@ class Choice:
     def _extend(self, sizes: Any) -> Bound:
         for candidate, backend, guards in self._walk:
             if candidate.state is State.ABLE and (kernel := self._bind(backend)) is not None:
-                self.bound.append(Bound(candidate.name, kernel, guards))
+                self.bound.append(Bound(candidate.name, kernel, guards, backend.capability.capture_safe))
                 if not guards or not refusals(guards, self.question.spec, sizes):
                     break
         for bound in self.bound:  # another thread may have extended the list while this one waited

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from vllm_accel.dispatch import plan, registry
+from vllm_accel.dispatch import plan, quarantine, registry
 
 TRITON = "VLLM_USE_TRITON_FLASH_ATTN"
 ATTENTION = "VLLM_ACCEL_ATTENTION_BACKEND"
@@ -105,9 +105,17 @@ def _read() -> Settings:
         use_triton=_switch(TRITON, values.get(TRITON)),
         disabled=frozenset(disabled),
         check=bool(_switch(CHECK, values.get(CHECK))),
-        lifted=frozenset(_list(values.get(LIFT, ""))),
+        lifted=_lifted(values.get(LIFT, "")),
         raw=raw,
     )
+
+
+def _lifted(text: str) -> frozenset[str]:
+    rows = tuple(row.name for row in quarantine.known_bad_rows())
+    for name in _list(text):
+        if name not in rows:
+            raise ValueError(f"{LIFT}: no known-bad row {name!r}{registry.suggestion(name, rows)}")
+    return frozenset(_list(text))
 
 
 def _list(text: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from vllm_accel.dispatch import override, quarantine, registry
 from vllm_accel.dispatch.backend import AttentionArgs
 from vllm_accel.dispatch.choose import OpFamily, choose
 from vllm_accel.dispatch.device import detect
-from vllm_accel.dispatch.guard import tensor_guard
+from vllm_accel.dispatch.guard import TensorGuard, tensor_guard
 from vllm_accel.dispatch.plan import Plan, PlanCache
 from vllm_accel.dispatch.settings import ATTENTION, settings
 from vllm_accel.dispatch.spec import AttentionSpec, Feature
@@ -73,18 +73,21 @@ def make_plan(
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     shared = extras.cu_seqlens_q is extras.cu_seqlens_k  # one tensor in two places is guarded once
     tensors = (q, k, v, *(t for t in (extras[1:] if shared else extras) if t is not None))
+    guard = tensor_guard(*tensors)
     if described.empty:
         kernel, name, spec, where = EMPTY, "empty", FAMILY.make_spec(described.kind), detect(device)
     else:
         bound, question = choose(FAMILY, described.kind, device, asked, asked_by, described.sizes, capturing)
         kernel, name, spec, where = bound.kernel, bound.name, question.spec, question.device
+        if device.type == "cuda" and not bound.capture_safe:
+            guard = _outside_capture(guard)
     forward = kernel.forward
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         forward = _on_device(forward, device)
     checks_values = lengths is not None and (device.type == "cpu" or settings().check)
     copies = any(t.stride(-1) != 1 for t in (q, k, v))
     plan = Plan(
-        check=tensor_guard(*tensors),
+        check=guard,
         forward=forward,
         args=described.args,
         direct=not (grad or options.return_lse or checks_values or copies),
@@ -138,6 +141,11 @@ def _poisoned(error: Exception) -> bool:
         return True
     text = str(error)
     return "CUDA error" in text and "no kernel image" not in text and "invalid configuration" not in text
+
+
+def _outside_capture(guard: TensorGuard) -> TensorGuard:
+    """Keep a plan from being taken while a CUDA graph is captured: its backend is not safe there."""
+    return lambda *tensors: guard(*tensors) and not torch.cuda.is_current_stream_capturing()
 
 
 def _on_device(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

@@ -1,0 +1,7 @@
+"""``python -m vllm_accel.cli.demo``."""
+
+import sys
+
+from vllm_accel.cli.demo import main
+
+sys.exit(main())
