@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_accel.backends.aten import ready
 from vllm_accel.backends.convert import (
-    aligned,
     clear_past_end,
     fold_sinks,
     minus_inf_to_empty_rows,
@@ -172,7 +172,7 @@ class CutlassKernel:
         else:
             lse = call.packed.lse_by_sequence(lse)
             out, dout = out.unsqueeze(0), dout.unsqueeze(0)
-        dq, dk, dv, dbias = self._run_backward(q, k, v, _packed_heads(out), lse, rng, aligned(dout), call, args)
+        dq, dk, dv, dbias = self._run_backward(q, k, v, _packed_heads(out), lse, rng, ready(dout), call, args)
         dq, dk, dv = dq[..., :head_dim], sum_groups(dk, kv_heads)[..., :head_dim], sum_groups(dv, kv_heads)
         dv = dv[..., :head_dim_v]
         if call.packed is not None:
@@ -219,7 +219,7 @@ class CutlassKernel:
         """Give k and v the heads of q, pad head sizes to 16 bytes, align rows, and add a batch to packed tensors."""
         step, heads = 16 // q.element_size(), q.shape[-2]
         k, v = expand_heads(k, heads), expand_heads(v, heads)
-        q, k, v = (aligned(pad_heads(t, round_up(t.shape[-1], step))) for t in (q, k, v))
+        q, k, v = (ready(pad_heads(t, round_up(t.shape[-1], step))) for t in (q, k, v))
         return (q, k, v) if call.packed is None else (q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))
 
     def _call(self, q: Tensor, k: Tensor, args: AttentionArgs) -> Call:

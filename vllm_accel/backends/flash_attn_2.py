@@ -25,7 +25,7 @@ from vllm_accel.backends.convert import (
     window,
     with_dlse_column,
 )
-from vllm_accel.backends.library import Found, Function, Library, installed_version, look_up, require
+from vllm_accel.backends.library import Found, Function, Library, installed_version, look_up, matches, require
 from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads
 from vllm_accel.dispatch.capability import Capability, Rule
 from vllm_accel.dispatch.device import Device
@@ -56,15 +56,16 @@ LIBRARY = Library(
 
 
 def _blackwell(spec: AttentionSpec, device: Device) -> str | None:
-    # setup.py of 2.8 adds sm_100 and sm_120 where nvcc is 12.8 or newer.
+    # setup.py adds sm_100 and sm_120 where nvcc is 12.8 or newer; TransformerEngine wants 2.7.3 there
+    # (transformer_engine/pytorch/attention/dot_product_attention/utils.py).
     if device.compute_capability is None or device.compute_capability < (10, 0):
         return None
     if device.runtime_version and device.runtime_version < (12, 8):
         have = ".".join(map(str, device.runtime_version))
         return f"carries code for {device.arch} when built with CUDA 12.8 or newer; torch is built with CUDA {have}"
     version = installed_version(LIBRARY)
-    if version and version.startswith("2.7"):
-        return f"carries code for {device.arch} from version 2.8; {version} is installed"
+    if version and not matches(version, ">=2.7.3"):
+        return f"carries code for {device.arch} from version 2.7.3; {version} is installed"
     return None
 
 
@@ -74,7 +75,7 @@ class FlashAttn2Backend:
     name = "flash_attn_2"
     capability = Capability(
         platforms=frozenset({"cuda"}),
-        # Code for sm_80 runs on every sm_8x; Turing has none, whatever its release notes hope.
+        # setup.py builds 80, 90, 100 and 120; code for sm_80 runs on every sm_8x. There is none for Turing.
         compute_capabilities=frozenset({(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)}),
         dtypes=rules.DTYPES,
         features=rules.COMMON | Feature.ALIBI | Feature.DROPOUT | Feature.DETERMINISTIC,
@@ -277,13 +278,13 @@ class _AsPacked:
         return tensor.flatten(0, 1)
 
     def dense(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (self.batch, -1))
+        return rows.view(self.batch, -1, *rows.shape[1:])
 
     def rows_of_lse(self, lse: Tensor) -> Tensor:
         return lse.transpose(0, 1).flatten(1)
 
     def dense_lse(self, lse: Tensor | None) -> Tensor | None:
-        return None if lse is None else lse.unflatten(1, (self.batch, -1)).transpose(0, 1).contiguous()
+        return None if lse is None else lse.view(lse.shape[0], self.batch, -1).transpose(0, 1).contiguous()
 
 
 BACKEND = FlashAttn2Backend()

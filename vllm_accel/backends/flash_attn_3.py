@@ -57,7 +57,7 @@ def _library(module: str, forward: tuple[str, ...], backward: tuple[str, ...]) -
         versions=">=3.0.0b1,<4",
         version_modules=("flash_attn_3",),
         distributions=("flash-attn-3", "flash_attn_3"),
-        absent_hint="no registry carries it: build hopper/ of the flash-attention repository",
+        absent_hint="`vllm-accel recommend` says where it comes from",
     )
 
 
@@ -78,7 +78,6 @@ _FLAGS = {
     Feature.WINDOW_RIGHT: "LOCAL",
 }
 _PREFIX = "FLASHATTENTION_DISABLE_"
-
 
 #: Today's builds say what they left out; older ones do not.
 CONFIGS = tuple(

@@ -1,7 +1,8 @@
 """FlashAttention 4: the package ``flash-attn-4``, compiled at the first call of every kind (CuTe DSL).
 
-Conventions, read in flash-attn-4 4.0.0b36: flash_attn/cute/interface.py (``_flash_attn_fwd``, ``_flash_attn_bwd``, head
-sizes, windows), flash_bwd_sm90.py, flash_bwd_sm100.py and sm100_hd256_2cta_fmha_backward.py (limits of the backward).
+Conventions, read in flash-attn-4 4.0.0b36: flash_attn/cute/interface.py (``_flash_attn_fwd``, ``_flash_attn_bwd``: head
+sizes, windows, copies of what is not aligned), flash_bwd_sm90.py, flash_bwd_sm100.py and
+sm100_hd256_2cta_fmha_backward.py (limits of the backward), tile_scheduler.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from vllm_accel.backends import flash_attn_rules as rules
 from vllm_accel.backends.convert import (
-    aligned,
     clear_past_end,
     minus_inf_to_empty_rows,
     pad_heads,
@@ -43,7 +43,7 @@ LIBRARY = Library(
     versions=">=4.0.0b36,<4.1",
     # flash_attn.cute.__version__ is "0.0.0" whatever is installed (it asks for a distribution called fa4).
     distributions=("flash-attn-4",),
-    absent_hint="pip install --pre flash-attn-4",
+    absent_hint="`vllm-accel recommend` names the command",
 )
 
 
@@ -107,12 +107,11 @@ class FlashAttn4Kernel:
         """Return out and lse (None unless needed)."""
         head_dim_v = v.shape[-1]
         size, size_v = _kernel_dims(q.shape[-1], head_dim_v, blackwell=self._blackwell)
-        q, k = (aligned(pad_heads(t, size)) for t in (q, k))
-        # The sink goes in with the scores: a fold afterwards would round out twice.
-        sink = None if args.sinks is None else args.sinks.contiguous()
+        # The sink goes in with the scores: folded into a finished out, it would be rounded twice.
         out, lse, *_ = self._call["_flash_attn_fwd"](
-            q=q, k=k, v=aligned(pad_heads(v, size_v)), learnable_sink=sink, return_lse=args.need_lse, **_options(args)
-        )
+            q=pad_heads(q, size), k=pad_heads(k, size), v=pad_heads(v, size_v), learnable_sink=args.sinks,
+            return_lse=args.need_lse, **_options(args),
+        )  # fmt: skip
         # Rows past the last sequence are left unwritten.
         out = clear_past_end(out[..., :head_dim_v].contiguous(), args.cu_seqlens_q)
         if not args.need_lse:
@@ -139,14 +138,13 @@ class FlashAttn4Kernel:
         grouped = q.shape[-2] != k.shape[-2]
         size, size_v = _kernel_dims(head_dim, head_dim_v, blackwell=self._blackwell, grouped_backward=grouped)
         q, k = pad_heads(q, size), pad_heads(k, size)
-        q, k, v, out, dout = (aligned(t) for t in (q, k, *(pad_heads(t, size_v) for t in (v, out, dout))))
+        v, out, dout = (pad_heads(t, size_v) for t in (v, out, dout))
         # Zeros where packed: rows past the last sequence are left unwritten.
         new = torch.empty if args.cu_seqlens_q is None else torch.zeros
         dq, dk, dv = (new(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         self._call["_flash_attn_bwd"](
-            q=q, k=k, v=v, out=out, dout=dout, lse=lse.contiguous(), dq=dq, dk=dk, dv=dv,
-            deterministic=args.deterministic, dlse=None if dlse is None else dlse.contiguous(),
-            **_options(args),
+            q=q, k=k, v=v, out=out, dout=dout, lse=lse, dlse=dlse, dq=dq, dk=dk, dv=dv,
+            deterministic=args.deterministic, **_options(args),
         )  # fmt: skip
         return AttentionGrads(dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim_v], None, dsinks)
 

@@ -82,7 +82,7 @@ def look_up(library: Library) -> Found | Reason:
             return got
         functions[function.name] = got
     version = installed_version(library)
-    if library.versions and version is not None and not _known(version, library.versions):
+    if library.versions and version is not None and not matches(version, library.versions):
         text = f"{library.label}: version {version} is installed; this adapter is written for {library.versions}"
         return Reason("version", text)
     return Found(MappingProxyType(functions), version)
@@ -150,6 +150,19 @@ def installed_version(library: Library) -> str | None:
     return None
 
 
+def matches(version: str, specifier: str) -> bool:
+    """Tell whether a version, pre-releases included, is in a PEP 440 specifier; no for one that does not parse."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        # Local parts ("+cu128torch2.9") say how a wheel was built, not what it does.
+        public = Version(version).public
+    except InvalidVersion:
+        return False
+    return SpecifierSet(specifier).contains(public, prereleases=True)
+
+
 def _import(name: str, library: Library) -> ModuleType | Reason:
     try:
         return importlib.import_module(name)
@@ -191,18 +204,6 @@ def _at(library: Library) -> str:
     version = installed_version(library)
     wanted = f"; this adapter is written for {library.versions}" if library.versions else ""
     return (f" (version {version} is installed{wanted})") if version else ""
-
-
-def _known(version: str, specifier: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-    from packaging.version import InvalidVersion, Version
-
-    try:
-        # Local parts ("+cu128torch2.9") say how a wheel was built, not what it does.
-        public = Version(version).public
-    except InvalidVersion:
-        return False
-    return SpecifierSet(specifier).contains(public, prereleases=True)
 
 
 def _text(error: BaseException) -> str:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vllm_accel.backends import aten
 from vllm_accel.backends.convert import (
-    aligned,
     fold_sinks,
     minus_inf_to_empty_rows,
     pad_heads,
@@ -147,7 +146,9 @@ class SdpaCudnnKernel:
         head_dim_v, need_lse = v.shape[-1], args.need_lse or args.sinks is not None
         bias = None if args.attn_bias is None else _additive(args.attn_bias, q.dtype)
         out, lse, *_ = self._forward(
-            **_heads_first(query=q, key=k, value=v),
+            query=_heads_first(q),
+            key=_heads_first(k),
+            value=_heads_first(v),
             attn_bias=bias,
             compute_log_sumexp=need_lse,
             dropout_p=0.0,
@@ -155,7 +156,9 @@ class SdpaCudnnKernel:
             return_debug_mask=False,
             scale=args.softmax_scale,
         )
-        out = out.transpose(1, 2)[..., :head_dim_v]
+        out = out.transpose(1, 2)
+        if out.shape[-1] != head_dim_v:
+            out = out[..., :head_dim_v]
         if args.attn_bias is not None:  # what a row without keys holds is documented nowhere
             hidden = rows_hidden_by_bias(args.attn_bias, args, q.shape[1], k.shape[1])
             out = out.masked_fill(hidden.transpose(1, 2).unsqueeze(-1), 0.0)
@@ -185,7 +188,11 @@ class SdpaCudnnKernel:
         v, out, dout = with_dlse_column(v, out, dout, dlse, round_up(head_dim_v + (dlse is not None), _STEP))
         unused = torch.zeros((), dtype=torch.int64, device=q.device)
         dq, dk, dv = self._backward(
-            **_heads_first(grad_out=dout, query=q, key=k, value=v, out=out),
+            grad_out=_heads_first(dout),
+            query=_heads_first(q),
+            key=_heads_first(k),
+            value=_heads_first(v),
+            out=_heads_first(out),
             logsumexp=lse.contiguous() if stats_rank() == 3 else lse.contiguous().unsqueeze(-1),
             philox_seed=unused,
             philox_offset=unused,
@@ -202,9 +209,10 @@ class SdpaCudnnKernel:
         return AttentionGrads(dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim_v], None, dsinks)
 
 
-def _heads_first(**tensors: Tensor) -> dict[str, Tensor]:
-    """(B, S, H, D) -> (B, H, S, D) views of aligned tensors whose head sizes are multiples of 8."""
-    return {name: aligned(pad_heads(t, round_up(t.shape[-1], _STEP))).transpose(1, 2) for name, t in tensors.items()}
+def _heads_first(tensor: Tensor) -> Tensor:
+    """(B, S, H, D) -> a (B, H, S, D) view, of aligned rows whose head size is a multiple of 8."""
+    missing = -tensor.shape[-1] % _STEP
+    return aten.ready(pad_heads(tensor, tensor.shape[-1] + missing) if missing else tensor).transpose(1, 2)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

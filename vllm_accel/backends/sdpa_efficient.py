@@ -35,8 +35,7 @@ def _bfloat16(spec: AttentionSpec, device: Device) -> str | None:
     return None
 
 
-def windows_are_causal(spec: AttentionSpec, device: Device) -> str | None:
-    """Refuse a window without causal=True: the kernel limits the keys before the diagonal of a causal mask alone."""
+def _window_causal(spec: AttentionSpec, device: Device) -> str | None:
     sides = Feature.WINDOW_LEFT | Feature.WINDOW_RIGHT
     if spec.features & sides and Feature.CAUSAL not in spec.features:
         return "does windows with causal=True only"
@@ -62,8 +61,7 @@ def _batch(spec: AttentionSpec, sizes: Any) -> str | None:
     return f"up to {limit} sequences; this call has {sizes.batch}" if sizes.batch > limit else None
 
 
-def bias_rows(spec: AttentionSpec, sizes: Any) -> str | None:
-    """Refuse a bias that would have to be written out, and a gradient that would be larger than its bias."""
+def _bias_rows(spec: AttentionSpec, sizes: Any) -> str | None:
     shape = sizes.bias_shape
     if not shape:
         return None
@@ -84,6 +82,17 @@ def _strides(spec: AttentionSpec, sizes: Any) -> str | None:
     if (shape := sizes.bias_shape) and shape[0] > 1:
         longest = max(longest, shape[1] * shape[2] * shape[3])
     return f"strides up to {_MAX_STRIDE}; this call has {longest}" if longest > _MAX_STRIDE else None
+
+
+BFLOAT16 = Rule("bfloat16", _bfloat16)
+
+#: The kernel limits the keys before the diagonal of a causal mask, and nothing else.
+WINDOW_CAUSAL = Rule("window", _window_causal)
+
+#: No bias that would have to be written out, no gradient that would be larger than its bias.
+BIAS_ROWS = Guard("bias_rows", _bias_rows)
+GRID_BATCH = Guard("grid_batch", _batch)
+STRIDES = Guard("strides", _strides)
 
 
 class SdpaEfficientBackend(TorchBackend):
@@ -116,12 +125,12 @@ class SdpaEfficientBackend(TorchBackend):
         | Feature.VALUE_DIM,
         rules=(
             aten.CARRIED,
-            Rule("bfloat16", _bfloat16),
-            Rule("window", windows_are_causal),
+            BFLOAT16,
+            WINDOW_CAUSAL,
             Rule("window_backward", _window_backward),
             GRID_HEADS,
         ),
-        guards=(Guard("grid_batch", _batch), Guard("bias_rows", bias_rows), Guard("strides", _strides)),
+        guards=(GRID_BATCH, BIAS_ROWS, STRIDES),
     )
 
     def bind(self, spec: AttentionSpec, device: Device) -> CutlassKernel:

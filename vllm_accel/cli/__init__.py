@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -49,9 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = build_parser().parse_args(argv)
         run: Callable[[argparse.Namespace], int] = given.run
-        return run(given)
+        code = run(given)
+        sys.stdout.flush()  # a closed pipe shows here, and not when Python leaves
+        return code
     except SystemExit as leave:  # --help, --version and wrong use
         return leave.code if isinstance(leave.code, int) else OK
     except BrokenPipeError:  # the reader of a pipe has seen enough
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail at exit
         return OK

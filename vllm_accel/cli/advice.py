@@ -129,7 +129,7 @@ PACKAGES: dict[str, Package] = {
     "torch-rocm": Package(
         "pip install torch --index-url https://download.pytorch.org/whl/rocm<version>",
         "the ROCm build of torch brings Triton and PyTorch's own attention kernels for this GPU",
-        ("attention:sdpa_flash", "attention:sdpa_efficient", "attention:triton"),
+        ("attention:sdpa_flash", "attention:triton"),
         ("Choose <version> on https://pytorch.org/get-started/locally/. Not tried by us: no AMD GPU was available.",),
     ),
 }

@@ -22,8 +22,9 @@ Row = dict[str, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``vllm-accel doctor``."""
-    parser.add_argument("--json", action="store_true", help="print data instead of tables")
-    parser.add_argument(
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--json", action="store_true", help="print data instead of tables")
+    one.add_argument(
         "--clear-triton-cache", action="store_true", help="remove Triton's compiled kernels, after compilation errors"
     )
     parser.add_argument("--yes", action="store_true", help="with --clear-triton-cache: do not ask")
@@ -33,6 +34,8 @@ def run(given: argparse.Namespace) -> int:
     """Print the report. Exit code 0 all well, 1 something is broken, 2 what was asked for is, 3 nothing works."""
     if given.clear_triton_cache:
         return triton_cache.clear(ask=not given.yes)
+    if given.yes:
+        return console.wrong_use("doctor", "--yes belongs to --clear-triton-cache")
     report = examine()
     if given.json:
         console.print_json(report)

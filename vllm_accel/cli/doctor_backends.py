@@ -18,6 +18,8 @@ from vllm_accel.dispatch.selection import Selection, State
 from vllm_accel.dispatch.settings import settings
 from vllm_accel.errors import Reason
 
+#: Questions that the verdict asks about an operation; one that raises has no selection.
+KINDS = {"attention": 3, "gemm": 1}
 #: Reasons that no call on this device can get around.
 DEVICE_CODES = frozenset({"platform", "compute_capability", "arch", "cuda_version"})
 
@@ -100,7 +102,9 @@ class Examined:
             settings()
         except ValueError:  # then every call raises that, and the settings' own check reports it
             return found
-        found += [Problem(f"asking about {kind} raises: {text}", "report it", 2) for kind, text in self._raised()]
+        found += [
+            Problem(f"asking about {kind} raises: {text}", "see the reasons below", 1) for kind, text in self._raised()
+        ]
         selections = [(kind, answer) for kind, answer in self.work if isinstance(answer, Selection)]
         idle = [(kind, answer) for kind, answer in selections if answer.chosen is None]
         if not idle:
@@ -187,12 +191,12 @@ def _examine(op: str, name: str, device: Device, selections: tuple[Selection, ..
     if candidates and len(held) == len(candidates) and held[0].state is State.QUARANTINED:
         action = f"another backend runs; VLLM_ACCEL_LIFT_KNOWN_BAD={rows[0].name} lifts it" if rows else ""
         return state("QUARANTINED", held[0].reasons[0].text, action, version)  # type: ignore[no-any-return]
-    if candidates and all(c.state is State.UNSUPPORTED for c in candidates):
+    if len(candidates) == KINDS.get(op) and all(c.state is State.UNSUPPORTED for c in candidates):
         text = "; ".join(r.text for r in candidates[0].reasons)
         return state("UNSUPPORTED", text, "nothing to do: other backends run", version)  # type: ignore[no-any-return]
     notes = [f"not taken automatically: {c.reasons[0].text}" for c in held[:1] if c.reasons]
     notes += [f"refused for some calls: {row.effect} ({row.link})" for row in rows]
-    return state("OK", "; ".join(notes), "", version)  # type: ignore[no-any-return]
+    return state("OK", "; ".join(dict.fromkeys(notes)), "", version)  # type: ignore[no-any-return]
 
 
 def _disabled() -> frozenset[tuple[str, str]]:
@@ -208,9 +212,10 @@ def _package(op: str, name: str) -> str | None:
 
 def _install(op: str, name: str) -> str:
     command = _package(op, name)
-    if command is None or "{" in command or "flash-attn" in command:
-        return "`vllm-accel recommend` prints the command that fits this torch"
-    return command
+    if command is None:
+        return "the reason names the package"
+    # What flash-attn to take depends on torch, CUDA and Python: one command would be wrong for most.
+    return "`vllm-accel recommend` prints the command" if "flash-attn" in command or "{" in command else command
 
 
 def _repair(op: str, name: str) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from vllm_accel.cli.doctor_backends import Problem
 from vllm_accel.cli.doctor_machine import package_version
-from vllm_accel.dispatch import preference, quarantine, registry
+from vllm_accel.dispatch import preference, registry
 from vllm_accel.dispatch import settings as names
 
 UNSET = "not set"
@@ -68,9 +68,9 @@ FOREIGN_PREFIXES = {
 
 PACKAGES = (
     "torch", "triton", "pytorch-triton-rocm", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers", "mslk",
-    "flashinfer-python", "flashinfer-cubin", "flashinfer-jit-cache", "nvidia-cutlass", "nvidia-cutlass-dsl",
-    "tensorrt-llm", "sageattention", "kernels", "transformer-engine", "torchao", "transformers", "diffusers", "vllm",
-    "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-cublas-cu12", "numpy",
+    "mslk-cuda", "flashinfer-python", "flashinfer-cubin", "flashinfer-jit-cache", "nvidia-cutlass",
+    "nvidia-cutlass-dsl", "tensorrt-llm", "sageattention", "kernels", "transformer-engine", "torchao", "transformers",
+    "diffusers", "vllm", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-cublas-cu12", "numpy",
 )  # fmt: skip
 
 
@@ -134,12 +134,6 @@ def problems(environ: Mapping[str, str] = os.environ) -> list[Problem]:
     if environ.get(names.TRITON) is not None and not _has_triton():
         text = f"{names.TRITON} is set and has no effect: this version has no Triton attention backend"
         found.append(Problem(text, f"unset {names.TRITON}", 1))
-    rows = {row.name for row in quarantine.known_bad_rows()}
-    for name in environ.get(names.LIFT, "").split(","):
-        if name.strip() and name.strip() not in rows:
-            known = registry.suggestion(name.strip(), tuple(sorted(rows)))
-            text = f"{names.LIFT}: no known-bad row is called {name.strip()!r}{known}"
-            found.append(Problem(text, "correct the name", 1))
     for name in _changed():
         text = f"{name} has changed since it was read and does not count yet"
         found.append(Problem(text, "call vllm_accel.reload_settings()", 1))

@@ -21,6 +21,13 @@ DTYPES = {
 
 NOTHING_RUNS = 1
 
+#: Options that mean nothing for a matrix product, with their value where they are not given.
+_ATTENTION_ONLY: dict[str, object] = {
+    "q": None, "kv_heads": None, "kv_len": None, "head_dim_v": None, "window": None, "softcap": 0.0, "dropout": 0.0,
+    "causal": False, "alibi": False, "mask": False, "sinks": False, "lse": False, "deterministic": False,
+    "batch_invariant": False, "varlen": False,
+}  # fmt: skip
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``vllm-accel explain``."""
@@ -140,8 +147,9 @@ def _gemm_call(given: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[st
 
     if given.mnk is None:
         raise ValueError("--op gemm needs --mnk M,N,K, for example --mnk 4096,4096,4096")
-    if given.q is not None:
-        raise ValueError("--q belongs to --op attention")
+    for name, unset in _ATTENTION_ONLY.items():
+        if getattr(given, name) not in (unset, None):
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --op attention")
     m, n, k = _ints("--mnk", given.mnk, "M,N,K", 3)
     dtype = DTYPES[given.dtype]
     a, b = _meta(m, k, dtype=dtype, grad=given.grad), _meta(k, n, dtype=dtype, grad=given.grad)

@@ -119,7 +119,7 @@ def _masked(
         raise ValueError(f"the attention mask was made for {mask.kv_length} keys, and the layer brings {k.shape[1]}")
     k, v = k[:, : mask.keys], v[:, : mask.keys]
     options |= {"causal": mask.causal, "window_size": mask.window_size}
-    own = mask.self_attention and not _crosses(module)
+    own = not _crosses(module)
     if mask.cu_seqlens is not None and position_bias is None and (own or mask.index is None):
         return _packed(q, k, v, mask, options)
     if mask.cu_seqlens is not None and mask.index is None:
@@ -128,9 +128,8 @@ def _masked(
         position_bias = position_bias[..., : mask.keys]
     bias = _biased(mask.key_mask, position_bias, q.dtype)
     out = _tensor(attention(q, k, v, attn_bias=bias, **options))
-    if mask.key_mask is not None and own:
-        padding = ~mask.key_mask[:, 0, 0, mask.keys - q.shape[1] :]
-        out = out.masked_fill(padding[:, :, None, None], 0)
+    if mask.query_mask is not None and own:
+        out = out.masked_fill(~mask.query_mask[:, :, None, None], 0)
     return out
 
 
@@ -219,7 +218,7 @@ def _refuse_mask_and_lengths(mask: Mask | Tensor | None, position_bias: Tensor |
     """Raise if sequence lengths come with something else that hides keys, which only one of them could decide."""
     if position_bias is not None:
         raise UnsupportedCallError("position_bias with cu_seq_lens_q", fix="pad the sequences, and pass attention_mask")
-    if mask is None or (isinstance(mask, Mask) and mask.key_mask is None):
+    if mask is None or (isinstance(mask, Mask) and mask.query_mask is mask.key_mask is None):
         return
     if torch.compiler.is_compiling() and isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.dim() == 4:
         return  # made by transformers from position_ids while tracing: says the same, and is never computed

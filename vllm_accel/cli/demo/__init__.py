@@ -42,20 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         else "no GPU"
     )
     out.print(console.plain(f"vllm_accel on {device}, torch {torch.__version__} built with {built}", "bold"))
-    all_well = True
+    all_well, skipped = True, 0
     for title, step in _STEPS:
         out.rule(console.plain(title, "bold"), align="left")
         try:
             all_well &= step(device, given.out, given.quick)
         except Missing as missing:
             out.print(console.plain(f"skipped: {missing}", "yellow"))
+            skipped += 1
         except Exception as error:  # the other steps still have something to show
             out.print(console.plain(f"FAILED: {type(error).__name__}: {error}", "bold red"))
             all_well = False
+    well = f"{skipped} of {len(_STEPS)} steps skipped" if skipped else "All numbers agree"
     seconds = time.perf_counter() - start
-    out.print(
-        console.plain(f"{'All numbers agree' if all_well else 'NOT ALL WELL, see above'}; {seconds:.0f} s in all.")
-    )
+    out.print(console.plain(f"{well if all_well else 'NOT ALL WELL, see above'}; {seconds:.0f} s in all."))
     return 0 if all_well else 1
 
 

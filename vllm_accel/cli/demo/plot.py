@@ -16,13 +16,13 @@ from torch.nn import functional as F
 
 from vllm_accel.cli import console
 from vllm_accel.cli.demo import require
-from vllm_accel.cli.demo.timing import medians, once
+from vllm_accel.cli.demo.timing import medians
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.selection import State
 
 BY_HAND = "F.scaled_dot_product_attention by hand"
 #: A series ends before a call that would take longer, so that the demonstration stays under a minute.
-SLOWEST_SECONDS = 1.0
+SLOWEST_SECONDS = 0.7
 
 Series = dict[str, list[tuple[int, float]]]
 
@@ -96,8 +96,6 @@ def measure(
             }
             if not _too_slow(series[BY_HAND], length):
                 calls[BY_HAND] = functools.partial(by_hand, q, k, v)
-            for call in calls.values():
-                once(call, device.type)  # the first call of a shape chooses, binds and may compile
             for name, seconds in medians(calls, device.type, rounds, budget=1.5).seconds.items():
                 series[name].append((length, seconds))
             progress.advance(task)

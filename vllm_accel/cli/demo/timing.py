@@ -22,13 +22,15 @@ class Timed:
     rounds: int
 
 
-def medians(calls: Mapping[str, Callable[[], Any]], device: str, rounds: int, budget: float) -> Timed:
+def medians(
+    calls: Mapping[str, Callable[[], Any]], device: str, rounds: int, budget: float, warm: bool = False
+) -> Timed:
     """Return the median seconds of each call, in turns after one warm-up; a GPU is waited for around each call.
 
-    On a slow machine the rounds end early, once they have taken `budget` seconds.
+    On a slow machine the rounds end early, once they have taken `budget` seconds. `warm`: each was called before.
     """
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
+    for call in () if warm else calls.values():
         once(call, device)
     start = time.perf_counter()
     made = 0

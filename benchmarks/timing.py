@@ -1,0 +1,136 @@
+"""Timing of whole kernels: contestants take turns, on a GPU between two events with a cold L2 cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+Call = Callable[[], Any]
+
+#: One contestant may take this long in all, so that the slowest do not eat the time of a run.
+BUDGET_SECONDS = 2.0
+#: Calls of a round go on until this much time has passed.
+ROUND_SECONDS = 0.02
+
+
+class Clock(Protocol):
+    """Measures calls on one kind of device."""
+
+    def seconds(self, call: Call, times: int) -> float:
+        """Return the seconds of one call, of `times` calls in a row."""
+        ...
+
+    def peak(self, call: Call) -> int | None:
+        """Run a call and return the bytes that it took beyond what was there, None where that is not known."""
+        ...
+
+
+class CpuClock:
+    """Wall-clock time, mean of calls in a row."""
+
+    def seconds(self, call: Call, times: int) -> float:
+        """Return the mean over `times` calls."""
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - start) / times
+
+    def peak(self, call: Call) -> int | None:
+        """Run the call; a CPU process has no counter of its own tensors (see `benchmarks.memory`)."""
+        call()
+        return None
+
+
+class CudaClock:
+    """Time between two events on the current stream, median of calls, each after the L2 cache was overwritten."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        properties = torch.cuda.get_device_properties(device)
+        size = max(2 * int(getattr(properties, "L2_cache_size", 0)), 128 << 20)
+        self._flush = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def seconds(self, call: Call, times: int) -> float:
+        """Return the median over `times` calls, launch included only where the GPU waits for it."""
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
+        for start, end in events:
+            # Also keeps the GPU busy while the call is launched: short kernels are timed without their launch.
+            self._flush.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(self._device)
+        return statistics.median(start.elapsed_time(end) for start, end in events) * 1e-3
+
+    def peak(self, call: Call) -> int | None:
+        """Run a call and return the bytes of the caching allocator that it took at most, its result included."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        kept = call()
+        torch.cuda.synchronize(self._device)
+        del kept
+        return torch.cuda.max_memory_allocated(self._device) - before
+
+
+@dataclass(slots=True)
+class Timed:
+    """What was measured of one contestant: seconds of each round, peak bytes, or the error that ended it."""
+
+    rounds: list[float] = field(default_factory=list)
+    peak: int | None = None
+    error: str = ""
+
+    @property
+    def seconds(self) -> float | None:
+        """Return the median over rounds, None if there was none."""
+        return statistics.median(self.rounds) if self.rounds and not self.error else None
+
+
+def clock(device: torch.device) -> Clock:
+    """Return the clock of a device."""
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def in_turns(calls: Mapping[str, Call], timer: Clock, rounds: int) -> dict[str, Timed]:
+    """Time every call `rounds` times (slow ones less often) in turns; an exception ends that contestant only."""
+    found = {name: Timed() for name in calls}
+    times: dict[str, int] = {}
+    limit: dict[str, int] = {}
+    for name, call in calls.items():
+
+        def first(name: str = name, call: Call = call) -> None:
+            found[name].peak = timer.peak(call)
+            once = max(timer.seconds(call, 1), 1e-7)
+            times[name] = max(1, min(50, int(ROUND_SECONDS / once)))
+            limit[name] = max(2, min(rounds, int(BUDGET_SECONDS / (once * times[name]))))
+
+        _guarded(found[name], first)
+    order = list(calls)
+    for index in range(rounds):
+        for name in order:
+            if not found[name].error and index < limit[name]:
+                _guarded(found[name], lambda name=name: _add(found[name], timer.seconds(calls[name], times[name])))  # type: ignore[misc]
+        order = order[1:] + order[:1]
+    return found
+
+
+def _add(timed: Timed, seconds: float) -> None:
+    timed.rounds.append(seconds)
+
+
+def _guarded(timed: Timed, step: Call) -> None:
+    try:
+        step()
+    except Exception as error:  # a benchmark reports what fails and goes on
+        timed.error = text_of(error)
+
+
+def text_of(error: BaseException) -> str:
+    """Return an exception as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
