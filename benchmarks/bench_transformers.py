@@ -57,7 +57,7 @@ def test_padding(benchmark: Any, monkeypatch: pytest.MonkeyPatch, shape: str, sh
         config=types.SimpleNamespace(),
     )
     assert isinstance(mask, transformers_masks.Mask)
-    assert (mask.index is not None) == packed
+    assert (mask.rows is not None) == packed
     benchmark.extra_info["saved keys"] = round(longest - lengths.square().sum().item() / (batch * longest))
     layer = torch.nn.Module().eval()
     with torch.no_grad():

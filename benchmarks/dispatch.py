@@ -76,7 +76,7 @@ def sections(device: torch.device, rounds: int, quick: bool) -> list[Section]:
     options = [Row(f"exact hit: {name}", name, f"direct {name}") for name in kinds[3:]]
     nothing = [Row("exact hit", "attention", "direct", 1.5)]
     nothing += [Row(f"exact hit: {name}", name, "direct") for name in kinds]
-    lengths, steps = (32, 20) if quick else (250, 500)
+    lengths, steps = (32, 20) if quick else (60, 500)
     compiler = "eager" if quick else "inductor"
 
     def copy(rows: list[Row]) -> list[Row]:

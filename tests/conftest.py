@@ -7,6 +7,10 @@ import os
 for _name in [name for name in os.environ if name.startswith("VLLM_")]:
     del os.environ[_name]
 
+# Small tensors on two cores: threads cost more than they bring, ten times more on a busy machine. Read by torch at
+# import; tests that need threads start them, and benchmarks do not come here.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A test never waits for the network, and needs no display.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from vllm_accel import attention, attention_varlen, use_backend
 from vllm_accel.ops.run import PLANS
 from vllm_accel.testing import attention_oracle

@@ -1,4 +1,4 @@
-"""`torch.compile` and `torch.export` over every public call: one graph, the eager numbers, no recompilation by length."""
+"""`torch.compile` and `torch.export` over every public call: one graph, eager numbers, no recompilation by length."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import vllm_accel
 from torch._dynamo.testing import CompileCounter
+
+import vllm_accel
 from vllm_accel import attention, attention_varlen, merge_attention, use_backend
 from vllm_accel.dispatch.spec import Feature
 

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+
 from vllm_accel import UnsupportedCallError, attention, attention_varlen, explain
 from vllm_accel.testing import CASES, Case
 from vllm_accel.testing.conformance import check_call
@@ -124,9 +125,7 @@ def test_dropout_drops_the_same_weights_in_backward(varlen: bool) -> None:
     if varlen:
         cu = torch.tensor([0, 40, 128], dtype=torch.int32)
         flat = [t.flatten(0, 1) for t in (q, k, v)]
-        out = attention_varlen(
-            *flat, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=88, max_seqlen_k=88, dropout_p=0.4
-        )
+        out = attention_varlen(*flat, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=88, max_seqlen_k=88, dropout_p=0.4)
     else:
         out = attention(q, k, v, dropout_p=0.4)
     dout = torch.randn_like(out)

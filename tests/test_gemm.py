@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from vllm_accel import State, backends, explain, gemm, use_backend
 from vllm_accel.dispatch.spec import GemmSpec
 

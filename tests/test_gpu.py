@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from vllm_accel import State, UnsupportedCallError, attention, attention_varlen, explain
 from vllm_accel.dispatch import registry
 from vllm_accel.testing import CASES, Case
@@ -153,7 +154,8 @@ def test_same_bits_where_declared(name: str) -> None:
     try:
         first = once()
     except UnsupportedCallError as refusal:
-        assert refusal.reasons[name]
+        if not refusal.reasons[name]:
+            raise
         return
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))

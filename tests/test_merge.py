@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+
 from vllm_accel import attention, attention_varlen, merge_attention
 from vllm_accel.testing.oracle import attention_oracle, merge_oracle
 
@@ -14,7 +16,7 @@ def _parts(cuts: tuple[int, ...], dtype: torch.dtype = torch.float32, grad: bool
     g = torch.Generator().manual_seed(0)
     q = torch.randn(2, 5, 4, 16, generator=g).to(dtype).requires_grad_(grad)
     k, v = (torch.randn(2, cuts[-1], 2, 16, generator=g).to(dtype).requires_grad_(grad) for _ in range(2))
-    edges = list(zip(cuts, cuts[1:], strict=False))
+    edges = list(itertools.pairwise(cuts))
     parts = [attention(q, k[:, a:b], v[:, a:b], return_lse=True) for a, b in edges]
     return (q, k, v), [p[0] for p in parts], [p[1] for p in parts]
 

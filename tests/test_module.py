@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from vllm_accel import Attention
 from vllm_accel.testing import attention_oracle, attention_varlen_oracle
 
@@ -17,6 +18,7 @@ def _qkv(*lead: int) -> list[torch.Tensor]:
     return [torch.randn(*lead, heads, D, generator=g) for heads in (H, HKV, HKV)]
 
 
+SLOPES, SINKS = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.5, 1.0, 0.0, -1.0])
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "decoder": ({}, {"causal": True}),
     "encoder": ({"causal": False}, {}),
@@ -24,8 +26,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sliding encoder": ({"sliding_window": 3, "causal": False}, {"window_size": (2, 2)}),
     "softcap": ({"logits_soft_cap": 2.0}, {"causal": True, "softcap": 2.0}),
     "no softcap": ({"logits_soft_cap": 0.0}, {"causal": True}),
-    "alibi": ({"alibi_slopes": [0.1, 0.2, 0.3, 0.4]}, {"causal": True, "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4])}),
-    "sinks": ({"sinks": torch.tensor([0.5, 1.0, 0.0, -1.0])}, {"causal": True, "sinks": torch.tensor([0.5, 1.0, 0.0, -1.0])}),
+    "alibi": ({"alibi_slopes": [0.1, 0.2, 0.3, 0.4]}, {"causal": True, "alibi_slopes": SLOPES}),
+    "sinks": ({"sinks": SINKS}, {"causal": True, "sinks": SINKS}),
 }  # fmt: skip
 
 

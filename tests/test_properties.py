@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vllm_accel import attention, attention_varlen, explain, merge_attention
 from vllm_accel.testing import Case, check_call
 from vllm_accel.testing.oracle import attention_oracle
@@ -117,7 +119,7 @@ def test_any_cut_of_the_keys_merges_back(cuts: list[int], seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, n, 2, 8, generator=g) for n in (5, 20, 20))
     edges = sorted({0, *cuts, 20})
-    parts = [attention(q, k[:, a:b], v[:, a:b], return_lse=True) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [attention(q, k[:, a:b], v[:, a:b], return_lse=True) for a, b in itertools.pairwise(edges)]
     out, lse = merge_attention([p[0] for p in parts], [p[1] for p in parts])
     want, want_lse = attention_oracle(q, k, v)
     assert (out - want).abs().max() < 1e-5 and (lse - want_lse).abs().max() < 1e-5

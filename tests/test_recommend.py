@@ -61,7 +61,7 @@ def test_production_on_h100_adds_tensorrt_llm() -> None:
 
 def test_v100_gets_a_torch_that_carries_it() -> None:
     advice = recommend(preset("v100"), CUDA_13)
-    assert advice["commands"][0]["command"].endswith("https://download.pytorch.org/whl/cu126")
+    assert "the cu126 build" in advice["commands"][0]["command"]
     assert '"torch<2.15"' in advice["commands"][0]["command"]
     assert checked(advice)["torch for this GPU"] is False
     assert any("carries no code for sm_70" in note for note in advice["notes"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from vllm_accel import (
     BackendUnavailableError,
     Device,
@@ -144,10 +145,11 @@ def test_compatibility_lists_of_the_document(gpu: str) -> None:
 
 def test_each_version_of_flash_attention_has_its_own_list() -> None:
     able = {State.CHOSEN, State.ABLE, State.HELD_BACK}
-    found = {
-        gpu: {n[-1] for n in ("flash_attn_2", "flash_attn_3", "flash_attn_4") if explain(attention, *_meta(), device=gpu)[n].state in able}
-        for gpu in ("t4", "a100", "rtx4090", "h100", "b200", "mi300x")
-    }  # fmt: skip
+    names = ("flash_attn_2", "flash_attn_3", "flash_attn_4")
+    found = {}
+    for gpu in ("t4", "a100", "rtx4090", "h100", "b200", "mi300x"):
+        selection = explain(attention, *_meta(), device=gpu)
+        found[gpu] = {name[-1] for name in names if selection[name].state in able}
     assert found["t4"] == set() and found["mi300x"] == set()
     assert found["a100"] == {"2"} and found["rtx4090"] == {"2"}
     assert found["h100"] == {"2", "3", "4"}
@@ -423,8 +425,8 @@ def test_exact_sizes_are_guarded_inside_one_bucket(toy) -> None:
         q, k = torch.randn(1, 4, 1, 8), torch.randn(1, keys, 1, 8)
         assert explain(attention, q, k, k).chosen == chosen
         assert (attention(q, k, k) == 5.0).all().item() is (chosen == "toy_even")
+    k = torch.randn(1, 1025, 1, 8)
     with pytest.raises(UnsupportedCallError, match="1025 keys is odd"):
-        k = torch.randn(1, 1025, 1, 8)
         attention(torch.randn(1, 4, 1, 8), k, k, backend="toy_even")
 
 
@@ -643,6 +645,31 @@ def test_explain_takes_the_calls_of_the_library_only() -> None:
     q = torch.randn(3, 2, 16)
     packed = explain(attention_varlen, q, q, q, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=3, max_seqlen_k=3)
     assert packed.chosen == "sdpa_cpu" and Feature.VARLEN in packed.spec.features
+
+
+def test_the_function_backends_outlives_the_package_of_that_name() -> None:
+    import vllm_accel
+
+    explain(attention, *_qkv())  # imports adapters from the package vllm_accel.backends
+    assert "reference" in vllm_accel.backends() and vllm_accel.backends("gemm")
+
+
+def test_a_third_partys_broken_availability_check_is_a_reason(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = toy("toy_odd", 1.0, before="sdpa_cpu")
+    monkeypatch.setattr(backend, "unavailable_reason", lambda: 1 / 0)
+    selection = explain(attention, *_qkv())
+    assert selection.chosen == "sdpa_cpu" and selection["toy_odd"].state is State.UNAVAILABLE
+    assert "division by zero" in str(selection["toy_odd"])
+
+
+def test_a_call_does_not_import_what_it_will_not_take(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    backend = toy("toy_jit", 3.0, before="sdpa_cpu", first_call_seconds=20.0)
+    monkeypatch.setattr(backend, "unavailable_reason", lambda: asked.append(1))
+    attention(*_qkv(), causal=True)
+    assert not asked
+    explain(attention, *_qkv(), causal=True)
+    assert asked
 
 
 def test_registered_names_are_protected() -> None:

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 
-import transformers_zoo as zoo
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
+import transformers_zoo as zoo
 from vllm_accel.errors import UnsupportedCallError
 from vllm_accel.integrations import transformers_masks
 from vllm_accel.integrations.transformers import NAME, attention_forward
@@ -37,7 +37,9 @@ class CrossAttentionLayer(Layer):
     """Transformers' names for such layers contain `Cross`."""
 
 
-def qkv(batch: int = 3, queries: int = 9, keys: int = 9, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(
+    batch: int = 3, queries: int = 9, keys: int = 9, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((HEADS, queries), (KV_HEADS, keys), (KV_HEADS, keys))
     q, k, v = (torch.randn(batch, *shape, HEAD_DIM, generator=generator, dtype=dtype) for shape in shapes)
@@ -99,8 +101,8 @@ def test_padding_is_packed_away(side: str, monkeypatch: pytest.MonkeyPatch) -> N
     mask = build(padded(side), 9)
     assert isinstance(mask, Mask)
     assert mask.causal
-    assert mask.index is not None
-    assert mask.index.tolist() == padded(side).flatten().nonzero().flatten().tolist()
+    assert mask.rows is not None
+    assert mask.rows.tolist() == padded(side).flatten().nonzero().flatten().tolist()
     assert mask.cu_seqlens is not None
     assert mask.cu_seqlens.dtype is torch.int32
     assert mask.cu_seqlens.tolist() == [0, 3, 12, 18]
@@ -109,7 +111,7 @@ def test_padding_is_packed_away(side: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_packing_has_to_pay_on_a_cpu() -> None:
     mask = build(padded("left"), 9)
-    assert mask.index is mask.cu_seqlens is None
+    assert mask.rows is mask.cu_seqlens is None
     assert mask.key_mask.shape == (3, 1, 1, 9)
 
 
@@ -123,7 +125,7 @@ def test_padding_in_the_middle_is_not_packed(monkeypatch: pytest.MonkeyPatch) ->
     holes = torch.ones(3, 9, dtype=torch.bool)
     holes[1, 4] = False
     mask = build(holes, 9)
-    assert mask.index is None
+    assert mask.rows is None
     assert mask.key_mask is not None
 
 
@@ -133,7 +135,7 @@ def test_a_mask_that_may_be_for_cross_attention_leaves_the_queries_alone(
 ) -> None:
     monkeypatch.setattr(transformers_masks, "MIN_SAVED_KEYS", 0)
     mask = build(padded("right"), 9, bidirectional=True, **{flag: True})
-    assert mask.index is mask.query_mask is None
+    assert mask.rows is mask.query_mask is None
     assert mask.key_mask is not None
 
 
@@ -190,6 +192,11 @@ def test_masks_move_and_pass_through_generate() -> None:
     assert build_mask(3, 9, 9, attention_mask=mask) is mask
 
 
+def test_a_model_that_computes_with_its_mask_is_told_what_to_do() -> None:
+    with pytest.raises(AttributeError, match=r"no tensor and has no 'masked_fill'; load this model with .*'eager'"):
+        build(padded("left"), 9).masked_fill(torch.ones(9), 0)
+
+
 # One read per forward ----------------------------------------------------------------------------------------------
 
 
@@ -224,9 +231,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("saved", [0, 1000], ids=["packed", "mask of keys"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_forward_reads_once(
-    side: str, saved: int, reads: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_padded_forward_reads_once(side: str, saved: int, reads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers_masks, "MIN_SAVED_KEYS", saved)
     model = zoo.build("Llama", NAME)
     assert len(model.model.layers) == 4
@@ -298,7 +303,7 @@ def test_cross_attention_keeps_queries_where_its_keys_are_padding(monkeypatch: p
     monkeypatch.setattr(transformers_masks, "MIN_SAVED_KEYS", 0)
     q, k, v = qkv()
     mask = build(padded("right"), 9, bidirectional=True)
-    assert mask.index is not None
+    assert mask.rows is not None
     expected = dense(q, k, v, padded("right")[:, None, None])
     for layer in (CrossAttentionLayer(False), Layer(False)):
         layer.is_cross_attention = True
@@ -355,7 +360,10 @@ def test_position_bias(kind: str) -> None:
         visible = visible.tril()
         mask = visible[None, None] if kind == "bool" else torch.where(visible, 0.0, -torch.inf)[None, None]
     elif kind == "padded":
-        mask, visible = build(padded("right"), 9, bidirectional=True, is_encoder_decoder=True), padded("right")[:, None, None]
+        mask, visible = (
+            build(padded("right"), 9, bidirectional=True, is_encoder_decoder=True),
+            padded("right")[:, None, None],
+        )
     out, _ = attention_forward(Layer(False), q, k, v, mask, position_bias=bias)
     torch.testing.assert_close(out, dense(q, k, v, visible, bias), rtol=0, atol=1e-12)
 
@@ -413,11 +421,13 @@ def test_keywords_that_only_eager_understands(name: str) -> None:
 
 
 def test_output_attentions_of_a_model() -> None:
-    with pytest.raises(UnsupportedCallError, match="(?s)output_attentions.*set_attn_implementation\\('eager'\\)"):
+    with pytest.raises(UnsupportedCallError, match=r"(?s)output_attentions.*set_attn_implementation\('eager'\)"):
         zoo.build("Llama", NAME)(zoo.tokens(), output_attentions=True)
 
 
-def eager_attention_forward(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, pull: float = 0.0) -> None:
+def eager_attention_forward(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, pull: float = 0.0
+) -> None:
     """Stand for a model's own function, which knows a keyword that no one else does."""
 
 
@@ -436,8 +446,8 @@ def test_contradictions() -> None:
     bias = torch.zeros(1, HEADS, 9, 9)
     with pytest.raises(UnsupportedCallError, match="position_bias"):
         attention_forward(Layer(), q, k, v, None, position_bias=bias, **starts)
+    packed = Mask(True, NO_WINDOW, 9, 9, cu_seqlens=torch.tensor([0, 27], dtype=torch.int32), max_seqlen=27)
     with pytest.raises(UnsupportedCallError, match="position_bias"):
-        packed = Mask(True, NO_WINDOW, 9, 9, cu_seqlens=torch.tensor([0, 27], dtype=torch.int32), max_seqlen=27)
         attention_forward(Layer(), q, k, v, packed, position_bias=bias)
     with pytest.raises(ValueError, match="made for 12 keys, and the layer brings 9"):
         attention_forward(Layer(), q, k, v, Mask(True, NO_WINDOW, kv_length=12, keys=12))

@@ -11,9 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-import transformers_zoo as zoo
 from transformers import AutoModel, AutoTokenizer, CompileConfig, DynamicCache, StaticCache
 
+import transformers_zoo as zoo
 from vllm_accel.integrations import transformers_masks
 from vllm_accel.integrations.transformers import NAME
 
@@ -209,7 +209,8 @@ def test_generate_with_an_encoder_and_beams(cache: str) -> None:
         model.set_attn_implementation(implementation)
         found.append(
             model.generate(
-                zoo.tokens(), attention_mask=zoo.padding("right"), max_new_tokens=8, do_sample=False, num_beams=2, **options
+                zoo.tokens(), attention_mask=zoo.padding("right"), max_new_tokens=8, do_sample=False, num_beams=2,
+                **options,
             )
         )  # fmt: skip
     assert torch.equal(*found)
@@ -307,7 +308,12 @@ def test_compiled_training_step_in_one_graph() -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_decoding_with_a_static_cache() -> None:
     model = zoo.build("Llama", num_hidden_layers=2)
-    inputs = {"attention_mask": zoo.padding("left"), "max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    inputs = {
+        "attention_mask": zoo.padding("left"),
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "cache_implementation": "static",
+    }
     expected = model.generate(zoo.tokens(), **inputs)
     model.set_attn_implementation(NAME)
     options = CompileConfig(fullgraph=True, backend="eager", mode=None)
@@ -356,5 +362,8 @@ def test_minilm_embeddings(saved: int) -> None:
 @minilm
 def test_minilm_embeddings_in_bfloat16() -> None:
     exact = embed("eager")
-    limit = 2 * (embed("eager", torch.bfloat16) - exact).abs().max() + 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    limit = (
+        2 * (embed("eager", torch.bfloat16) - exact).abs().max()
+        + 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    )
     assert (embed(NAME, torch.bfloat16) - exact).abs().max() <= limit

@@ -55,6 +55,8 @@ OWN_CASES: tuple[Case, ...] = (
          bias_grad=True, options=_CAUSAL),
     Case("bias_odd", "rows of a bias start at 16 bytes", seqlen_q=11, seqlen_k=37, bias="full", bias_grad=True),
     Case("bias_forward", "causal and a bias, without gradients", bias="full", options=_CAUSAL, grad=False),
+    Case("decode_forward", "one query, without gradients", seqlen_q=1, seqlen_k=77, num_heads=8, num_kv_heads=2,
+         options=_CAUSAL, grad=False),
     Case("mask_forward", "", bias="full", bool_bias=True, num_kv_heads=2, grad=False),
     Case("head_200", "between kernel sizes", seqlen_q=20, seqlen_k=28, head_dim=200, head_dim_v=200, options=_CAUSAL),
     Case("head_256_lse", "no spare column for a gradient of lse", seqlen_q=12, seqlen_k=12, head_dim=256,

@@ -12,9 +12,8 @@ SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 40, "num_atte
 COMMON = {**SHAPE, "num_hidden_layers": 4, "initializer_range": 0.4, "pad_token_id": 0, "bos_token_id": 1}
 DECODER = {**COMMON, "num_key_value_heads": 2, "max_position_embeddings": 128, "eos_token_id": None}
 WINDOWED = {**DECODER, "head_dim": 16, "sliding_window": 5}
-SEQ2SEQ = {
-    "vocab_size": 97, "d_model": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
-}  # fmt: skip
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+SEQ2SEQ = {"vocab_size": 97, "d_model": 32, **SPECIAL}
 
 DECODERS = ("Llama", "Qwen3", "Mistral", "Gemma2", "Gemma3", "GptOss")
 
@@ -32,8 +31,11 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "GptOss": (
         "GptOssForCausalLM",
         "GptOssConfig",
-        # The default rotary scaling is for a context that this model does not have.
-        {**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {
+            **WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2,
+            # The default scaling is for a context that this model does not have.
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
     ),
     "Llama4": (
         "Llama4ForCausalLM",
@@ -51,8 +53,9 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "BartForConditionalGeneration",
         "BartConfig",
         {
-            **SEQ2SEQ, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "init_std": 0.4, "max_position_embeddings": 64,
+            **SEQ2SEQ, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "init_std": 0.4,
+            "max_position_embeddings": 64,
         },
     ),
     "T5": (

@@ -5,6 +5,9 @@
 >>> print(explain(attention, q, k, v, causal=True))
 """
 
+# The package of adapters must be loaded before the function `backends` below takes its name: the import system would
+# put the package over the function when the first adapter is imported.
+import vllm_accel.backends  # noqa: F401
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.override import use_backend
 from vllm_accel.dispatch.registry import names as _names

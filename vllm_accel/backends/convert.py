@@ -77,7 +77,8 @@ def sinks_grad(sinks: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor, dls
     delta = heads_before_tokens((dout.float() * out.float()).sum(-1))
     if dlse is not None:
         delta = delta - dlse
-    weight = torch.exp(sinks.to(lse.dtype).unsqueeze(-1) - lse)  # a finite sink makes every lse finite
+    # A finite sink makes every lse finite, except past the last packed sequence, where there is no row at all.
+    weight = torch.exp(sinks.to(lse.dtype).unsqueeze(-1) - torch.where(torch.isinf(lse), math.inf, lse))
     return -(weight * delta).movedim(-2, 0).flatten(1).sum(1).to(sinks.dtype)
 
 

@@ -116,7 +116,7 @@ class FlashAttn2Kernel:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return out, lse (None unless needed) and the state of the random generator."""
         if args.cu_seqlens_q is None and open_right_is_cut(args):
-            packed = _AsPacked(q, k, args)
+            packed = AsPacked(q, k, args)
             out, lse, rng = self._forward(packed.rows(q), packed.rows(k), packed.rows(v), packed.args)
             return packed.dense(out), packed.dense_lse(lse), rng
         return self._forward(q, k, v, args)
@@ -159,7 +159,7 @@ class FlashAttn2Kernel:
     ) -> AttentionGrads:
         """Return the gradients."""
         if args.cu_seqlens_q is None and open_right_is_cut(args):
-            packed = _AsPacked(q, k, args)
+            packed = AsPacked(q, k, args)
             q, k, v, out, dout = (packed.rows(t) for t in (q, k, v, out, dout))
             lse, dlse = packed.rows_of_lse(lse), None if dlse is None else packed.rows_of_lse(dlse)
             grads = self._backward(q, k, v, packed.args, out, lse, rng, dout, dlse)
@@ -222,7 +222,7 @@ def _lengths(args: AttentionArgs, q: Tensor, k: Tensor) -> dict[str, Any]:
         "cu_seqlens_q": args.cu_seqlens_q,
         "cu_seqlens_k": args.cu_seqlens_k,
         "max_seqlen_q": longest,
-        "max_seqlen_k": _longest_k(args),
+        "max_seqlen_k": longest_k(args),
         "zero_tensors": True,  # rows past the last sequence, and gradients of those, are left unwritten otherwise
     }
 
@@ -238,7 +238,7 @@ def open_right_is_cut(args: AttentionArgs) -> bool:
     return is_open and args.max_seqlen_q > args.max_seqlen_k
 
 
-def _longest_k(args: AttentionArgs) -> int:
+def longest_k(args: AttentionArgs) -> int:
     """Return the maximum key length to claim, from which the library derives its limits on windows."""
     return args.max_seqlen_q if open_right_is_cut(args) else args.max_seqlen_k
 
@@ -250,7 +250,7 @@ def alibi_lse_shift(args: AttentionArgs, slopes: Tensor, tokens: int) -> Tensor:
     kernels add what we mean. Which one runs is decided by the window, not by the flag.
     """
     left, right = window(args)
-    if right != 0 or 0 <= left < _longest_k(args):
+    if right != 0 or 0 <= left < longest_k(args):
         return slopes.new_zeros(())
     if args.cu_seqlens_q is None or args.cu_seqlens_k is None:
         first = args.max_seqlen_k - args.max_seqlen_q
@@ -263,7 +263,7 @@ def alibi_lse_shift(args: AttentionArgs, slopes: Tensor, tokens: int) -> Tensor:
     return shift
 
 
-class _AsPacked:
+class AsPacked:
     """A dense call as a packed one: the packed operator lets us choose the key length that windows are clamped by."""
 
     def __init__(self, q: Tensor, k: Tensor, args: AttentionArgs) -> None:

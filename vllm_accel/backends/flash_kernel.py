@@ -22,7 +22,7 @@ from vllm_accel.backends.convert import (
     unit_inner,
     with_dlse_column,
 )
-from vllm_accel.backends.flash_attn_2 import _AsPacked, _longest_k, alibi_lse_shift, open_right_is_cut
+from vllm_accel.backends.flash_attn_2 import AsPacked, alibi_lse_shift, longest_k, open_right_is_cut
 from vllm_accel.backends.flash_attn_rules import one_head_dim
 from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads
 
@@ -76,7 +76,7 @@ class FlashKernel:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return out, lse (None unless needed) and the state of the random generator."""
         if args.cu_seqlens_q is None and open_right_is_cut(args):
-            packed = _AsPacked(q, k, args)
+            packed = AsPacked(q, k, args)
             out, lse, rng = self._forward(packed.rows(q), packed.rows(k), packed.rows(v), packed.args)
             return packed.dense(out), packed.dense_lse(lse), rng
         return self._forward(q, k, v, args)
@@ -114,7 +114,7 @@ class FlashKernel:
     ) -> AttentionGrads:
         """Return the gradients."""
         if args.cu_seqlens_q is None and open_right_is_cut(args):
-            packed = _AsPacked(q, k, args)
+            packed = AsPacked(q, k, args)
             q, k, v, out, dout = (packed.rows(t) for t in (q, k, v, out, dout))
             lse, dlse = packed.rows_of_lse(lse), None if dlse is None else packed.rows_of_lse(dlse)
             grads = self._backward(q, k, v, packed.args, out, lse, rng, dout, dlse)
@@ -162,7 +162,7 @@ def _call(q: Tensor, k: Tensor, args: AttentionArgs) -> FlashCall:
         cu_seqlens_q=None if cu_q is None else cu_q.contiguous(),
         cu_seqlens_k=None if cu_k is None else cu_k.contiguous(),
         max_seqlen_q=longest,
-        max_seqlen_k=_longest_k(args),
+        max_seqlen_k=longest_k(args),
         causal=args.causal,
         window_left=left,
         # The causal flag does it; a right side of 0 besides would keep one query from its fast path over heads.

@@ -39,7 +39,7 @@ class Group:
     notes: tuple[str, ...] = ()
 
 
-TORCH_VOLTA = 'pip install "torch<2.15" --index-url https://download.pytorch.org/whl/cu126'
+TORCH_VOLTA = 'pip install "torch<2.15"  # the cu126 build: https://pytorch.org/get-started/previous-versions'
 
 PACKAGES: dict[str, Package] = {
     "torch-volta": Package(
@@ -73,17 +73,17 @@ PACKAGES: dict[str, Package] = {
         ),
     ),
     "flash-attn-3": Package(
-        "pip install flash-attn-3 --find-links https://download.pytorch.org/whl/flash-attn-3/",
+        "python setup.py install  # in hopper/ of https://github.com/Dao-AILab/flash-attention",
         "FlashAttention 3, for Hopper only; taken before FlashAttention 2 there",
         ("attention:flash_attn_3",),
         (
-            "flash-attn-3 0.0.0 on the package index is an empty placeholder. Users report that the wheels behind "
-            "--find-links are built for CUDA 12 (https://github.com/KellerJordan/modded-nanogpt/issues/258); not tried "
-            "by us. Else build the folder hopper/ of https://github.com/Dao-AILab/flash-attention.",
+            "flash-attn-3 0.0.0 on the package index is an empty placeholder: pip install flash-attn-3 brings nothing. "
+            "Users report wheels for CUDA 12 on PyTorch's own wheel index "
+            "(https://github.com/KellerJordan/modded-nanogpt/issues/258); not tried by us.",
         ),
     ),
     "flash-attn-4": Package(
-        'pip install "flash-attn-4>=4.0.0b1" nvidia-cutlass-dsl triton',
+        'pip install "flash-attn-4>=4.0.0b36" nvidia-cutlass-dsl triton',
         "FlashAttention 4: compiled on the machine at first use, no build, no wheel to match",
         ("attention:flash_attn_4",),
         (
@@ -117,7 +117,7 @@ PACKAGES: dict[str, Package] = {
         ("These are headers (4.2 carries them); compiling with them needs nvcc.",),
     ),
     "tensorrt-llm": Package(
-        "docker pull nvcr.io/nvidia/tensorrt-llm/release:<tag>",
+        "docker run --gpus all <the TensorRT-LLM release image of the NVIDIA NGC catalogue>",
         "TensorRT-LLM, NVIDIA's engine: the document's choice for maximum performance on H100",
         ("attention:tensorrt_llm", "gemm:tensorrt_llm"),
         (
@@ -127,10 +127,10 @@ PACKAGES: dict[str, Package] = {
         ),
     ),
     "torch-rocm": Package(
-        "pip install torch --index-url https://download.pytorch.org/whl/rocm<version>",
+        "pip install torch  # the ROCm build: https://pytorch.org/get-started/locally",
         "the ROCm build of torch brings Triton and PyTorch's own attention kernels for this GPU",
         ("attention:sdpa_flash", "attention:triton"),
-        ("Choose <version> on https://pytorch.org/get-started/locally/. Not tried by us: no AMD GPU was available.",),
+        ("Not tried by us: no AMD GPU was available.",),
     ),
 }
 

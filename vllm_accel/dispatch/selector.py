@@ -66,10 +66,10 @@ def walk(question: Question, *, everything: bool) -> Iterator[Verdict]:
     for name in order(question, current):
         asked = question.asked is None or name in question.asked
         if asked or everything:
-            yield _judge(name, question, current, asked=asked)
+            yield _judge(name, question, current, asked=asked, everything=everything)
 
 
-def _judge(name: str, question: Question, current: Settings, *, asked: bool) -> Verdict:
+def _judge(name: str, question: Question, current: Settings, *, asked: bool, everything: bool) -> Verdict:
     op, spec, device = question.op, question.spec, question.device
     backend = registry.get(op, name)
     capability = backend.capability
@@ -86,9 +86,14 @@ def _judge(name: str, question: Question, current: Settings, *, asked: bool) -> 
         return verdict(State.UNSUPPORTED, *reasons)
     version: str | None = None
     if not question.assume_available:
-        if missing := backend.unavailable_reason():
+        if not everything and question.asked is None and (held := _held_back(name, capability, question, current)):
+            return verdict(State.HELD_BACK, held)  # not worth importing a library for
+        try:
+            missing, version = backend.unavailable_reason(), backend.version()
+        except Exception as error:  # somebody else's backend may raise anything
+            missing = Reason("broken", f"its availability check failed: {type(error).__name__}: {error}")
+        if missing:
             return verdict(State.UNAVAILABLE, missing)
-        version = backend.version()
     guards = (
         *capability.guards,
         *quarantine.known_bad_guards(op, name, version, device, current.lifted),

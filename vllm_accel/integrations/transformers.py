@@ -6,7 +6,7 @@
 
 Encoders and decoders, grouped key heads as they are, padding on either side, `generate` with dynamic, static and
 sliding-window caches, packed `position_ids` or `FlashAttentionKwargs`, 4-D masks, training with gradient checkpointing
-and `torch.compile`. Which kernel runs, and why, is `vllm_accel`'s choice: `vllm_accel.explain`, `vllm_accel.use_backend`.
+and `torch.compile`. `vllm_accel` chooses the kernel: see `vllm_accel.explain` and `vllm_accel.use_backend`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,13 @@ def attention_forward(
 
 
 def _masked(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Mask, position_bias: Tensor | None, options: dict[str, Any]
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    position_bias: Tensor | None,
+    options: dict[str, Any],
 ) -> Tensor:
     """Attend as a `Mask` says: packed where it can be, else dense with a mask of keys."""
     if k.shape[1] != mask.kv_length:
@@ -120,9 +126,9 @@ def _masked(
     k, v = k[:, : mask.keys], v[:, : mask.keys]
     options |= {"causal": mask.causal, "window_size": mask.window_size}
     own = not _crosses(module)
-    if mask.cu_seqlens is not None and position_bias is None and (own or mask.index is None):
+    if mask.cu_seqlens is not None and position_bias is None and (own or mask.rows is None):
         return _packed(q, k, v, mask, options)
-    if mask.cu_seqlens is not None and mask.index is None:
+    if mask.cu_seqlens is not None and mask.rows is None:
         raise UnsupportedCallError("position_bias with packed sequences", fix="pad them, and pass attention_mask")
     if position_bias is not None:
         position_bias = position_bias[..., : mask.keys]
@@ -135,13 +141,13 @@ def _masked(
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
     """Attend within sequences without their padding, or within the sequences packed in each row."""
-    cu_seqlens, index = mask.cu_seqlens, mask.index
+    cu_seqlens, rows = mask.cu_seqlens, mask.rows
     batch, slots = q.shape[:2]
     # index_select over the flattened batch is the fastest gather with gradients: 0.1 ms where flattening is a view and
     # 1 ms where it is a copy, against 1 and 1.5 ms of q[row, slot] ((16, 256, 12, 64) fp32, 2-core EPYC, 2026-11).
     q, k, v = (t.reshape(batch * slots, *t.shape[2:]) for t in (q, k, v))
-    if index is not None:
-        q, k, v = (t.index_select(0, index) for t in (q, k, v))
+    if rows is not None:
+        q, k, v = (t.index_select(0, rows) for t in (q, k, v))
     assert cu_seqlens is not None
     out = _tensor(
         attention_varlen(
@@ -149,14 +155,12 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: dict[str, Any]
             max_seqlen_q=mask.max_seqlen, max_seqlen_k=mask.max_seqlen, **options,
         )
     )  # fmt: skip
-    if index is not None:
-        out = out.new_zeros((batch * slots, *out.shape[1:])).index_copy_(0, index, out)
+    if rows is not None:
+        out = out.new_zeros((batch * slots, *out.shape[1:])).index_copy_(0, rows, out)
     return out.view(batch, slots, *out.shape[1:])
 
 
-def _flattened(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Tensor, Tensor, Any, Any], **options: Any
-) -> Tensor:
+def _flattened(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Tensor, Tensor, Any, Any], **options: Any) -> Tensor:
     """Attend within sequences whose starts the caller gives (`FlashAttentionKwargs`)."""
     batch = q.shape[0]
     q, k, v = (t.reshape(t.shape[0] * t.shape[1], *t.shape[2:]) for t in (q, k, v))
@@ -166,7 +170,8 @@ def _flattened(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=_longest(lengths[2], q.shape[0]), max_seqlen_k=_longest(lengths[3], k.shape[0]), **options,
     )  # fmt: skip
-    return _tensor(out).unflatten(0, (batch, -1))
+    out = _tensor(out)
+    return out.view(batch, -1, *out.shape[1:])
 
 
 def _longest(given: int | Tensor | None, tokens: int) -> int:
@@ -180,7 +185,7 @@ def _longest(given: int | Tensor | None, tokens: int) -> int:
 def _flags(
     module: nn.Module, is_causal: bool | None, sliding_window: int | None, keys: int
 ) -> tuple[bool, tuple[int, int]]:
-    """Return causality and window of a layer that has no mask to say so, as transformers' flash attention reads them."""
+    """Return causality and window of a layer without a mask, as transformers' flash attention understands them."""
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     if not sliding_window or keys <= sliding_window:
         return causal, NO_WINDOW
@@ -194,7 +199,7 @@ def _key_mask(mask: Tensor) -> Tensor:
 
 
 def _biased(mask: Tensor | None, position_bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Join a mask and a position bias; the model has already filled the latter in, so this adds no new order of size."""
+    """Join a mask and a position bias, which the model has filled in, so that the sum is no larger."""
     if mask is not None and mask.dtype.is_floating_point and mask.dtype not in (torch.float32, dtype):
         mask = mask.float()
     if position_bias is None or mask is None:
@@ -231,7 +236,7 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
     A keyword changes the result if the model's own eager function names it; those that it swallows mean nothing to
     attention. Tracing cannot look at signatures, so there only the known ones are refused.
     """
-    named = _KNOWN if torch.compiler.is_compiling() else _named_by_eager(type(module))
+    named = _KNOWN if torch.compiler.is_compiling() else _named_by_eager(module.__class__)
     for name, value in kwargs.items():
         if name in named and value is not None and value is not False:
             why = _REFUSED.get(name, "it means something to this model's eager attention and nothing here")
@@ -243,7 +248,7 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
 
 
 @functools.cache
-def _named_by_eager(layer: type[nn.Module]) -> frozenset[str]:
+def _named_by_eager(layer: Any) -> frozenset[str]:
     """Return what is refused, with what the eager function beside a layer's class takes and `attention_forward` not."""
     eager = getattr(sys.modules.get(layer.__module__), "eager_attention_forward", None)
     if eager is None:

@@ -1,9 +1,10 @@
 """The masks of transformers models, described instead of filled in: built once per forward, followed by every layer.
 
 transformers asks a mask builder once per forward and kind of layer (`AttentionMaskInterface`) and hands what it returns
-to the layers untouched. Ours answers with None where nothing is masked, else with a `Mask`: causal or not, window, which
-keys are padding, where packed sequences start. Patterns that these cannot say (overlays of multimodal models, chunked
-attention, functions of the user's own) go to transformers' own builder, which returns a 4-D boolean tensor.
+to the layers untouched. Ours answers with None where nothing is masked, else with a `Mask`: causal or not, window,
+which keys are padding, where packed sequences start. Patterns that these cannot say (overlays of multimodal models,
+chunked attention, functions of the user's own; packed positions while tracing) go to transformers' own builder, which
+returns a 4-D boolean tensor.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 NO_WINDOW = (-1, -1)
 
 #: On a CPU, sequences are packed if that saves each query this many keys on average: gathering, scattering and one call
-#: per sequence cost about as much. Packed against mask of keys, ms, one thread of a 2-core EPYC, torch 2.13, 2026-11-23
-#: (`make bench ARGS="-k padding"`):  (32, 128, 12, 32) saving 84 keys 12.5 : 20.3, 45 keys 20.7 : 20.5, 15 keys 25.6 : 20.7;
-#: (16, 256, 12, 64) saving 151 keys 35 : 53, 51 keys 70 : 66;  causal (8, 512, 8 over 2, 64) saving 294 keys 39 : 88,
-#: 38 keys 63 : 71. With two threads the smaller ones break even at about 70. A GPU packs always: FlashAttention has
-#: no mask of keys.
+#: per sequence cost about as much. Packed : mask of keys, ms, fp32, one thread of a 2-core EPYC, torch 2.13, 2026-11-23
+#: (`make bench ARGS="-k padding"`). (32, 128, 12, 32): 84 keys saved 12.5 : 20.3, 45 keys 20.7 : 20.5, 15 keys 25.6 :
+#: 20.7. (16, 256, 12, 64): 151 keys 35 : 53, 51 keys 70 : 66. Causal (8, 512, 8 over 2, 64): 294 keys 39 : 88, 38 keys
+#: 63 : 71. With two threads the small ones break even at about 70. A GPU packs always: FlashAttention has no key masks.
 MIN_SAVED_KEYS = 64
 
 
@@ -37,7 +37,7 @@ class Mask(NamedTuple):
         kv_length: key slots that each layer brings. keys: how many are in use (fewer in a static cache).
         key_mask: bool (B, 1, 1, keys), False for padding; None without padding, or where causality hides it anyway.
         query_mask: bool (B, queries), False for padding, whose rows become 0; None without.
-        index: int64 (tokens,), the rows of the flattened batch that are no padding; None if packing is impossible
+        rows: int64 (tokens,), the rows of the flattened batch that are no padding; None if packing is impossible
             (queries and keys differ, padding in the middle) or does not pay.
         cu_seqlens: int32, where the sequences start among the rows of `index`, or of the whole flattened batch.
         max_seqlen: the longest of them.
@@ -49,7 +49,7 @@ class Mask(NamedTuple):
     keys: int
     key_mask: Tensor | None = None
     query_mask: Tensor | None = None
-    index: Tensor | None = None
+    rows: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
 
@@ -64,8 +64,12 @@ class Mask(NamedTuple):
 
     def to(self, *args: Any, **kwargs: Any) -> Mask:
         """Move the tensors, as `Tensor.to`; hooks of models spread over several devices call this."""
-        fields = zip(self._fields, self, strict=True)
-        return self._replace(**{name: t.to(*args, **kwargs) for name, t in fields if isinstance(t, Tensor)})
+        return Mask._make(t.to(*args, **kwargs) if isinstance(t, Tensor) else t for t in self)
+
+    def __getattr__(self, name: str) -> Any:
+        """Tell a model that computes with its mask why it cannot."""
+        fix = "load this model with attn_implementation='sdpa' or 'eager'"
+        raise AttributeError(f"a mask of vllm_accel is no tensor and has no {name!r}; {fix}")
 
 
 class Pattern(NamedTuple):
@@ -159,9 +163,7 @@ def _pattern(
     return Pattern(True, (local_size - 1, 0)) if causal_skip else Pattern(False, (local_size, local_size))
 
 
-def _describe(
-    pattern: Pattern, sizes: tuple[int, int, int | Tensor, int], padding: Tensor | None, config: Any
-) -> Any:
+def _describe(pattern: Pattern, sizes: tuple[int, int, int | Tensor, int], padding: Tensor | None, config: Any) -> Any:
     """Return None, a Mask or a key mask for a known pattern; _INEXPRESSIBLE where slots and positions disagree."""
     q_length, kv_length, q_offset, kv_offset = sizes
     tracing = torch.compiler.is_compiling()
@@ -178,7 +180,7 @@ def _describe(
     found = _read_all(facts)
     offset = found["offset"][0] if "offset" in found else q_offset
     # Keys beyond the last query (a static cache has room for them) are cut off, so that the last key is its own.
-    keys = offset + q_length - kv_offset if positional else kv_length
+    keys: Any = offset + q_length - kv_offset if positional else kv_length
     if not 0 < keys <= kv_length or (padding is not None and padding.shape[1] != keys):
         return _INEXPRESSIBLE
     window = pattern.window_size if keys > pattern.window_size[0] + 1 else NO_WINDOW
@@ -231,7 +233,7 @@ def _pack(mask: Mask, facts: dict[str, Tensor], found: dict[str, list[int]]) -> 
     start = torch.arange(len(lengths), device=ends.device) * slots + first
     shift = torch.repeat_interleave(start - (ends - length), length, output_size=total)
     return mask._replace(
-        index=shift + torch.arange(total, device=ends.device),
+        rows=shift + torch.arange(total, device=ends.device),
         cu_seqlens=pad(ends, (1, 0)).int(),
         max_seqlen=max(lengths),
     )

@@ -28,7 +28,7 @@ def explain(fn: Callable[..., Any], *args: Any, device: Device | str | None = No
 
     Args:
         fn: a public call of this library: `attention`, `attention_varlen` or `gemm`.
-        *args, **kwargs: its arguments; tensors may be on the ``meta`` device.
+        *args, **kwargs: its arguments; tensors may be on the ``meta`` device, which stands for this machine's GPU.
         device: judge for another device: a `Device`, or a short name such as ``"h100"``, ``"t4"``, ``"mi300x"``.
             Where this machine has no such device, packages are taken as installed and the result says so.
 
@@ -63,7 +63,9 @@ def _device(device: Device | str | None, of_tensor: torch.device) -> Device:
     if isinstance(device, Device):
         return device
     if device is None:
-        return devices.detect(of_tensor)
+        # A meta tensor stands for one on the accelerator of this machine, where there is one.
+        elsewhere = of_tensor.type == "meta" and torch.cuda.is_available()
+        return devices.detect(torch.device("cuda") if elsewhere else of_tensor)
     if device in devices.PRESETS or not _is_torch_name(device):
         return devices.preset(device)
     return devices.detect(torch.device(device))

@@ -213,6 +213,7 @@ CASES: tuple[Case, ...] = (
     Case("varlen_cross", "lengths differ, some are 0", lengths=_CROSS, lse_grad=True),
     Case("varlen_cross_causal", "bottom-right per sequence", lengths=_CROSS, options={"causal": True}, num_heads=4, num_kv_heads=2, lse_grad=True),
     Case("varlen_tail", "NaN past the last sequence stays outside", lengths=_MIXED, tail=5, shared_cu=True, options={"causal": True}, lse_grad=True),
+    Case("varlen_tail_sinks", "no sink where there is no row", lengths=_MIXED, tail=5, sinks=True, options={"causal": True}, lse_grad=True),
     Case("varlen_window", "", lengths=_CROSS, options={"window_size": (6, 2)}),
     Case("varlen_window_causal", "", lengths=_MIXED, options={"window_size": (6, -1), "causal": True}),
     Case("varlen_softcap", "", lengths=_MIXED, options={"softcap": 2.5}),
