@@ -13,7 +13,6 @@ from vllm_accel.backends.aten import ready
 from vllm_accel.backends.convert import (
     clear_past_end,
     fold_sinks,
-    minus_inf_to_empty_rows,
     pad_heads,
     round_up,
     sinks_grad,
@@ -101,8 +100,7 @@ class CutlassKernel:
         dlse: Tensor | None,
     ) -> AttentionGrads:
         """Return the gradients."""
-        # Rows past the last sequence have lse -inf, and +inf takes them out of the sum.
-        dsinks = sinks_grad(args.sinks, out, minus_inf_to_empty_rows(lse), dout, dlse)
+        dsinks = sinks_grad(args.sinks, out, lse, dout, dlse)
         dq, dk, dv, dbias = self._gradients(q, k, v, args, out, lse, rng, dout, dlse)
         return AttentionGrads(dq, dk, dv, dbias, dsinks)
 

@@ -88,6 +88,8 @@ class SdpaCpuKernel:
             piece.rows(out).copy_(part.transpose(1, 2)[..., : out.shape[-1]])
             piece.lse_rows(lse).copy_(piece.true_lse(part_lse))
         out, lse = fold_sinks(out, lse, args.sinks)
+        if args.sinks is not None:  # past the last sequence there is no row, and so no sink
+            lse = clear_past_end(lse, args.cu_seqlens_q, -math.inf, dim=-1)
         return out, lse, None
 
     def backward(

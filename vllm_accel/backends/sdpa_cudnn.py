@@ -17,7 +17,6 @@ from torch import Tensor
 from vllm_accel.backends import aten
 from vllm_accel.backends.convert import (
     fold_sinks,
-    minus_inf_to_empty_rows,
     pad_heads,
     round_up,
     sinks_grad,
@@ -183,7 +182,7 @@ class SdpaCudnnKernel:
         dlse: Tensor | None,
     ) -> AttentionGrads:
         """Return the gradients."""
-        dsinks = sinks_grad(args.sinks, out, minus_inf_to_empty_rows(lse), dout, dlse)
+        dsinks = sinks_grad(args.sinks, out, lse, dout, dlse)
         head_dim, head_dim_v = q.shape[-1], v.shape[-1]
         v, out, dout = with_dlse_column(v, out, dout, dlse, round_up(head_dim_v + (dlse is not None), _STEP))
         unused = torch.zeros((), dtype=torch.int64, device=q.device)

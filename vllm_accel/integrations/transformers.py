@@ -236,7 +236,7 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
     A keyword changes the result if the model's own eager function names it; those that it swallows mean nothing to
     attention. Tracing cannot look at signatures, so there only the known ones are refused.
     """
-    named = _KNOWN if torch.compiler.is_compiling() else _named_by_eager(module.__class__)
+    named = _KNOWN if torch.compiler.is_compiling() else _named_by_eager(type(module).__module__)
     for name, value in kwargs.items():
         if name in named and value is not None and value is not False:
             why = _REFUSED.get(name, "it means something to this model's eager attention and nothing here")
@@ -248,9 +248,9 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
 
 
 @functools.cache
-def _named_by_eager(layer: Any) -> frozenset[str]:
-    """Return what is refused, with what the eager function beside a layer's class takes and `attention_forward` not."""
-    eager = getattr(sys.modules.get(layer.__module__), "eager_attention_forward", None)
+def _named_by_eager(file: str) -> frozenset[str]:
+    """Return what is refused, with what the eager function of a model's file takes and `attention_forward` not."""
+    eager = getattr(sys.modules.get(file), "eager_attention_forward", None)
     if eager is None:
         return _KNOWN
     parameters = inspect.signature(eager).parameters.values()
