@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_accel.backends.convert import (
+    clear_past_end,
     fold_sinks,
     pad_heads,
     sinks_grad,

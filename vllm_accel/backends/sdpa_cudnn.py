@@ -185,7 +185,7 @@ class SdpaCudnnKernel:
         dsinks = sinks_grad(args.sinks, out, lse, dout, dlse)
         head_dim, head_dim_v = q.shape[-1], v.shape[-1]
         v, out, dout = with_dlse_column(v, out, dout, dlse, round_up(head_dim_v + (dlse is not None), _STEP))
-        unused = torch.zeros((), dtype=torch.int64, device=q.device)
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # seed and offset are not read without dropout
         dq, dk, dv = self._backward(
             grad_out=_heads_first(dout),
             query=_heads_first(q),

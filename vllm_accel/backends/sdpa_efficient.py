@@ -212,7 +212,7 @@ def _window(call: Call) -> dict[str, int]:
 
 def _seed_and_offset(rng: Tensor | None) -> tuple[Tensor, Tensor]:
     if rng is None:
-        unused = torch.zeros((), dtype=torch.int64)
+        unused = torch.empty((), dtype=torch.int64)  # not read without dropout
         return unused, unused
     if rng.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         rng = rng.cpu()  # aten reads both through host pointers

@@ -156,7 +156,7 @@ class AtenFlash:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Return the gradients. GQA is native."""
         if rng is None:
-            state = torch.zeros((), dtype=self._rng_dtype, device=q.device)
+            state = torch.empty((), dtype=self._rng_dtype, device=q.device)  # not read without dropout
         else:
             state = rng.view(self._rng_dtype)
         dq, dk, dv = self._backward(
