@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_adapters import one_thread
-from torch_adapters import ADAPTERS, BF16, EVERY_CASE, FP16, FP32, Adapter, answer, qkv
+from torch_adapters import ADAPTERS, BF16, EVERY_CASE, FP16, FP32, Adapter, answer, check_dropout, qkv
 from vllm_accel.backends import aten, sdpa_cudnn
 from vllm_accel.dispatch.device import PRESETS
 from vllm_accel.testing import Case, attention_oracle, check_backend, kernel_call
@@ -97,28 +97,8 @@ def test_no_option_is_dropped(key: str, option: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("key", ["flash", "efficient"])
 def test_dropout_keeps_what_it_says_and_its_backward_agrees(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter, n, keep = ADAPTERS[key], 64, 0.75
-    with adapter.installed(monkeypatch):
-        call = kernel_call(adapter.backend, adapter.device)
-        q, k = (t[:, :, :, :32].repeat(1, 1, 1, 2) for t in qkv(s=n)[:2])
-        # With unit vectors for values the output is the matrix of kept probabilities itself.
-        v = torch.eye(n, dtype=BF16)[None, :, None].expand(2, -1, 4, -1).contiguous().requires_grad_()
-        torch.manual_seed(7)
-        out = call(q, k, v, dropout_p=1 - keep)
-        dropped = (out == 0).float()
-        assert abs(float(dropped.mean()) - (1 - keep)) < 0.01
-        assert not torch.equal(call(q, k, v, dropout_p=1 - keep), out), "the next mask is another one"
-        torch.manual_seed(7)
-        again = call(q, k, v, dropout_p=1 - keep)
-        assert torch.equal(again, out), "the mask comes from torch's generator"
-        p = call(q, k, v)
-        kept = torch.where(dropped.bool(), 0.0, p.float() / keep)
-        assert_close(out, kept.double(), kept.to(BF16), what="kept probabilities over 1 - p")
-        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(BF16)
-        (dv,) = torch.autograd.grad(out, v, dout)
-        want = torch.einsum("bihj,bihd->bjhd", out.double(), dout.double())
-        plain = torch.einsum("bihj,bihd->bjhd", out, dout)
-        assert_grad_close(dv, want.detach(), plain.detach(), what="dv of the same mask")
+    with ADAPTERS[key].installed(monkeypatch):
+        check_dropout(ADAPTERS[key])
 
 
 def _hidden_masks() -> dict[str, tuple[Tensor, dict[str, Any]]]:
@@ -305,6 +285,8 @@ def test_amd_takes_what_scaled_dot_product_attention_asks_of_it(monkeypatch: pyt
     with ADAPTERS["flash"].installed(monkeypatch):
         assert _refusals("flash", mi300x, causal=True) == []
         assert _refusals("flash", mi300x, window_size=(3, 3)) == ["rocm"]
+        assert _refusals("flash", mi300x, s=1, causal=True) == []
+        assert check_backend(ADAPTERS["flash"].backend, EVERY_CASE["gqa"], dtype=BF16, device=mi300x).reasons
         assert _refusals("flash", mi300x, return_lse=True) == ["rocm"]
         assert _refusals("flash", dataclasses.replace(mi300x, arch="gfx1100")) == ["arch"]
         seen: list[dict[str, Any]] = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flash_attn_adapters import one_thread
-from torch_adapters import ADAPTERS, BF16, EVERY_CASE, Adapter, qkv
+from torch_adapters import ADAPTERS, BF16, EVERY_CASE, Adapter, check_dropout, qkv
 from vllm_accel.backends import flash_kernel
 from vllm_accel.backends.convert import with_dlse_column
 from vllm_accel.backends.cutlass_layout import Packed
@@ -193,3 +193,13 @@ def test_misaligned_rows_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch)
             attribute(f"{module}.ready", same)(adapter, monkeypatch)
         with pytest.raises(RuntimeError, match=r"align|no kernel found"):
             kernel_call(adapter.backend, adapter.device)(odd, *qkv()[1:])
+
+
+@pytest.mark.parametrize("name", ["flash", "efficient"])
+def test_another_dropout_mask_in_the_backward_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = ADAPTERS[name]
+    with adapter.installed(monkeypatch):
+        other = torch.ones(2, dtype=torch.uint64)
+        passes("backward", rng_state=other, philox_seed=torch.tensor(1))(adapter, monkeypatch)
+        with pytest.raises(AssertionError, match="dv of the same mask"):
+            check_dropout(adapter)

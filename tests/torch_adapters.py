@@ -19,7 +19,8 @@ from fakes import install
 from vllm_accel.backends import library
 from vllm_accel.dispatch.device import PRESETS, Device
 from vllm_accel.errors import UnsupportedCallError
-from vllm_accel.testing import CASES, Case
+from vllm_accel.testing import CASES, Case, kernel_call
+from vllm_accel.testing.tolerance import assert_close, assert_grad_close
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 _CAUSAL: dict[str, Any] = {"causal": True}
@@ -187,3 +188,25 @@ def answer(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, di
         return call(*args, **kwargs), {}
     except UnsupportedCallError as refusal:
         return None, refusal.reasons
+
+
+def check_dropout(adapter: Adapter) -> None:
+    """Check the share of what is dropped, that torch's generator decides it, and that the backward agrees."""
+    n, keep = 64, 0.75
+    call = kernel_call(adapter.backend, adapter.device)
+    q, k = (t.repeat(1, 1, 1, 2) for t in qkv(s=n)[:2])
+    # With unit vectors for values the output is the matrix of kept probabilities itself.
+    v = torch.eye(n, dtype=BF16)[None, :, None].expand(2, -1, 4, -1).contiguous().requires_grad_()
+    torch.manual_seed(7)
+    out = call(q, k, v, dropout_p=1 - keep)
+    dropped = out == 0
+    assert abs(float(dropped.float().mean()) - (1 - keep)) < 0.01
+    assert not torch.equal(call(q, k, v, dropout_p=1 - keep), out), "the next mask is another one"
+    torch.manual_seed(7)
+    assert torch.equal(call(q, k, v, dropout_p=1 - keep), out), "the mask comes from torch's generator"
+    kept = torch.where(dropped, 0.0, call(q, k, v).float() / keep)
+    assert_close(out, kept.double(), kept.to(BF16), what="kept probabilities over 1 - p")
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(BF16)
+    (dv,) = torch.autograd.grad(out, v, dout)
+    want, plain = (torch.einsum("bihj,bihd->bjhd", out.to(t), dout.to(t)).detach() for t in (torch.float64, BF16))
+    assert_grad_close(dv, want, plain, what="dv of the same mask")

@@ -25,7 +25,7 @@ from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation, feature_n
 from vllm_accel.errors import Reason
 
 #: What is used of the kernels on AMD: what scaled_dot_product_attention itself asks of them. None of it ran here.
-_ROCM = Feature.GRAD | Feature.CAUSAL | Feature.SCALE
+_ROCM = Feature.GRAD | Feature.CAUSAL | Feature.SCALE | Feature.GQA
 
 
 #: What needs more than one call of the operator.
@@ -44,9 +44,9 @@ def _rocm(spec: AttentionSpec, device: Device) -> str | None:
     if device.platform != "rocm":
         return None
     if more := spec.features & ~_ROCM:
-        return f"on AMD dense calls with causal and gradients only; this call has {', '.join(feature_names(more))}"
-    if Feature.CAUSAL in spec.features and spec.relation is not Relation.EQUAL:
-        return f"on AMD causal with equal lengths only; this call has {spec.relation.value}"
+        return f"on AMD plain, causal and grouped dense calls only; this call has {', '.join(feature_names(more))}"
+    if Feature.CAUSAL in spec.features and spec.relation is not Relation.EQUAL and spec.seqlen_q > 1:
+        return f"on AMD causal with equal lengths or one query only; this call has {spec.relation.value}"
     return None
 
 
@@ -175,7 +175,8 @@ class DirectSdpaFlash(FlashKernel):
     def __init__(self, launch: AtenFlash, small_memory: bool, spec: AttentionSpec) -> None:
         super().__init__(launch, small_memory)
         self._operator = aten.operator("_flash_attention_forward")
-        self._causal = Feature.CAUSAL in spec.features
+        # One query at the end sees every key: nothing to mask, and on AMD the mask would be aligned top-left.
+        self._causal = Feature.CAUSAL in spec.features and spec.seqlen_q > 1
         self._empty_rows = self._causal and spec.relation is Relation.LONGER
 
     def forward(
