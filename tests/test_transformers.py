@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 import transformers_zoo as zoo
+from vllm_accel import attention
 from vllm_accel.errors import UnsupportedCallError
 from vllm_accel.integrations import transformers_masks
 from vllm_accel.integrations.transformers import NAME, attention_forward
@@ -176,6 +177,17 @@ def test_a_static_cache_is_cut_at_the_last_key_in_use() -> None:
     assert mask == Mask(True, NO_WINDOW, kv_length=16, keys=9)
 
 
+def test_a_rolling_cache_is_aligned_to_its_first_key() -> None:
+    """Nine tokens so far, the last four of them kept, five more: keys 5 to 13 for queries 9 to 13."""
+    config = types.SimpleNamespace(sliding_window=5)
+    padding = torch.ones(3, 14, dtype=torch.bool)
+    padding[0, :7] = False
+    mask = build_mask(3, 5, 9, q_offset=9, kv_offset=5, attention_mask=padding, local_size=5, config=config)
+    assert mask._replace(key_mask=None, query_mask=None) == Mask(True, (4, 0), kv_length=9, keys=9)
+    assert mask.key_mask[0].flatten().tolist() == [False, False] + [True] * 7
+    assert mask.query_mask.all()
+
+
 def test_decoding_gets_a_mask_of_keys() -> None:
     mask = build(padded("left"), 1, keys=9)
     assert isinstance(mask, Tensor)
@@ -311,7 +323,7 @@ def test_cross_attention_keeps_queries_where_its_keys_are_padding(monkeypatch: p
 
 
 @pytest.mark.parametrize("is_causal", [None, True, False])
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [None, 3, 8])
 def test_without_a_mask_the_layer_decides(is_causal: bool | None, window: int | None) -> None:
     q, k, v = qkv(queries=5)
     distance = torch.arange(5)[:, None] + 4 - torch.arange(9)
@@ -380,6 +392,24 @@ def test_flash_attention_kwargs(longest: Any) -> None:
     torch.testing.assert_close(out, dense(q, k, v, visible), rtol=0, atol=1e-12)
 
 
+def test_flattened_sequences_may_span_rows() -> None:
+    q, k, v = qkv()
+    starts = torch.tensor([0, 27], dtype=torch.int32)
+    distance = torch.arange(27)[:, None] - torch.arange(27)
+    long = [t.transpose(1, 2).reshape(1, 27, -1, HEAD_DIM).transpose(1, 2) for t in (q, k, v)]
+    expected = dense(*long, (distance >= 0) & (distance < 12)).view(3, 9, HEADS, HEAD_DIM)
+    out, _ = attention_forward(Layer(), q, k, v, None, sliding_window=12, cu_seq_lens_q=starts, cu_seq_lens_k=starts)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+def test_position_bias_of_a_static_cache() -> None:
+    q, k, v = qkv(queries=6)
+    bias = torch.randn(1, HEADS, 6, 9, generator=torch.Generator().manual_seed(3), dtype=q.dtype)
+    out, _ = attention_forward(Layer(), q, k, v, Mask(True, NO_WINDOW, kv_length=9, keys=6), position_bias=bias)
+    expected = dense(q, k, v, torch.ones(6, 9, dtype=torch.bool).tril(), bias)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
 def test_one_set_of_queries_for_the_whole_batch() -> None:
     q, k, v = qkv()
     out, _ = attention_forward(Layer(False), q[:1], k, v, None)
@@ -394,6 +424,19 @@ def test_sinks_of_another_dtype() -> None:
     expected, _ = attention_forward(Layer(), q, k, v, None, s_aux=sinks)
     assert torch.equal(out, expected)
     assert not torch.allclose(out, attention_forward(Layer(), q, k, v, None)[0], atol=0.1)
+
+
+@pytest.mark.parametrize("deterministic", [None, False, True])
+def test_determinism_is_passed_on(deterministic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def spy(*tensors: Tensor, **options: Any) -> Any:
+        given.append(options["deterministic"])
+        return attention(*tensors, **options)
+
+    monkeypatch.setattr("vllm_accel.integrations.transformers.attention", spy)
+    attention_forward(Layer(), *qkv(), None, deterministic=deterministic)
+    assert given == [bool(deterministic)]
 
 
 def test_dropout_only_while_training() -> None:

@@ -105,7 +105,6 @@ def attention_forward(
     causal, window, bias = False, NO_WINDOW, attention_mask
     if bias is None or bias.dim() == 2:
         causal, window = _flags(module, is_causal, sliding_window, k.shape[1])
-        causal = causal and q.shape[1] > 1
         bias = None if bias is None else _key_mask(bias)
     bias = _biased(bias, position_bias, q.dtype)
     return _tensor(attention(q, k, v, causal=causal, window_size=window, attn_bias=bias, **options)), None
