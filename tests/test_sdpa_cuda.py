@@ -340,8 +340,6 @@ def test_operators_of_other_releases(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     with ADAPTERS["flash"].installed(monkeypatch):
         monkeypatch.setattr(aten, "parameters", old.__getitem__)
-        slopes = torch.ones(4)
-        assert _refusals("flash", PRESETS["h100"], alibi_slopes=slopes) == ["alibi"]
         assert _refusals("flash", PRESETS["h100"], dropout_p=0.5) == ["dropout_schema"]
         assert _refusals("flash", PRESETS["h100"]) == []
         monkeypatch.setattr(sdpa_cudnn.torch, "__version__", "2.8.0+cu128")

@@ -62,36 +62,31 @@ OWN_CASES: tuple[Case, ...] = (
     Case("head_200", "between kernel sizes", seqlen_q=20, seqlen_k=28, head_dim=200, head_dim_v=200, options=_CAUSAL),
     Case("head_256_lse", "no spare column for a gradient of lse", seqlen_q=12, seqlen_k=12, head_dim=256,
          head_dim_v=256, lse_grad=True),
-    Case("alibi_forward", "slopes without gradients", seqlen_q=20, seqlen_k=37, alibi="batch", options=_CAUSAL,
-         grad=False),
-    Case("alibi_window_forward", "", alibi="heads", options={"window_size": (9, 4)}, grad=False),
-    Case("alibi_tail_forward", "", lengths=_CROSS, tail=3, alibi="batch", options=_CAUSAL, grad=False),
 )  # fmt: skip
 
 EVERY_CASE = {case.name: case for case in (*CASES, *OWN_CASES)}
 
 _SOFTCAP = {"softcap", "softcap_large", "varlen_softcap", "everything"}
 _ALIBI = {"alibi", "alibi_causal", "alibi_batch", "varlen_alibi"}
-_ALIBI_FORWARD = {"alibi_forward", "alibi_window_forward", "alibi_tail_forward"}
 _BIAS = {
     "bias_full", "bias_grad", "bias_heads", "bias_row", "bias_keys", "bias_column", "mask_keys", "mask_full",
     "bias_longer", "bias_shorter", "bias_odd", "bias_forward", "mask_forward",
 }  # fmt: skip
 _TWO_SIDED = {"window", "window_left", "window_right", "window_zero", "window_empty_rows", "window_open_right",
-              "window_wide_right", "varlen_window", "alibi_batch", "alibi_window_forward"}  # fmt: skip
+              "window_wide_right", "varlen_window", "alibi_batch"}  # fmt: skip
 _WINDOW_UNEQUAL = {"window_causal", "varlen_window_causal"}
 _INVARIANT = {"batch_invariant", "varlen_invariant"}
 _BIAS_GRAD = {"bias_grad", "bias_heads", "bias_row", "bias_longer", "bias_shorter", "bias_odd", "everything"}
 
 _FLASH = {*_SOFTCAP, *_ALIBI, *_BIAS, *_INVARIANT, "descale", "deterministic", "head_320", "head_256_lse"}
-_EFFICIENT = {*_SOFTCAP, *_ALIBI, *_ALIBI_FORWARD, *_TWO_SIDED, *_WINDOW_UNEQUAL, "bias_column", "descale"}
+_EFFICIENT = {*_SOFTCAP, *_ALIBI, *_TWO_SIDED, *_WINDOW_UNEQUAL, "bias_column", "descale"}
 _CUDNN = {
-    *_SOFTCAP, *_ALIBI, *_ALIBI_FORWARD, *_TWO_SIDED, *_WINDOW_UNEQUAL, *_INVARIANT, *_BIAS, "descale", "decode",
+    *_SOFTCAP, *_ALIBI, *_TWO_SIDED, *_WINDOW_UNEQUAL, *_INVARIANT, *_BIAS, "descale", "decode",
     "causal_shorter", "causal_longer", "sinks_window", "sinks_empty", "window_causal_right", "window_square",
     "window_longer", "window_shorter", "head_256", "head_320", "head_200", "head_256_lse", "tiny", "long",
     "deterministic", *(name for name in EVERY_CASE if name.startswith("varlen")),
 }  # fmt: skip
-_FMHA = {*_SOFTCAP, *_ALIBI, *_ALIBI_FORWARD, *_INVARIANT, *_BIAS_GRAD, "bias_column", "mask_full", "descale",
+_FMHA = {*_SOFTCAP, *_ALIBI, *_INVARIANT, *_BIAS_GRAD, "bias_column", "mask_full", "descale",
          "deterministic"}  # fmt: skip
 
 

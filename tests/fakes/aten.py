@@ -31,6 +31,8 @@ def _flash_attention_forward(
     num_splits=None,
 ):  # fmt: skip
     _last_dim_contiguous(query, key, value)
+    # In the schema, not in the builds: PyTorch compiles the kernels with FLASHATTENTION_DISABLE_ALIBI. Seen on an H200.
+    check(alibi_slopes is None, "This flash attention build does not support alibi.")
     check((cum_seq_q is None) == (cum_seq_k is None), "cumulative_sequence_length_q and _k must be both set or not")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     left = -1 if window_size_left is None else window_size_left

@@ -19,10 +19,9 @@ from vllm_accel.backends.convert import (
     minus_inf_to_empty_rows,
     pad_heads,
     sinks_grad,
-    unit_inner,
     with_dlse_column,
 )
-from vllm_accel.backends.flash_attn_2 import AsPacked, alibi_lse_shift, longest_k, open_right_is_cut
+from vllm_accel.backends.flash_attn_2 import AsPacked, longest_k, open_right_is_cut
 from vllm_accel.backends.flash_attn_rules import one_head_dim
 from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads
 
@@ -42,7 +41,6 @@ class FlashCall(NamedTuple):
     window_right: int
     softmax_scale: float
     dropout_p: float
-    alibi_slopes: Tensor | None
     need_lse: bool
 
 
@@ -93,8 +91,6 @@ class FlashKernel:
         if lse is None:
             return out, None, rng
         lse = clear_past_end(empty_rows_to_minus_inf(lse), args.cu_seqlens_q, -math.inf, dim=-1)
-        if args.alibi_slopes is not None:
-            lse = lse - alibi_lse_shift(args, args.alibi_slopes, lse.shape[-1])
         if args.sinks is not None:
             out, lse = fold_sinks(out, lse, args.sinks)
             lse = clear_past_end(lse, args.cu_seqlens_q, -math.inf, dim=-1)  # no sink for rows of no sequence
@@ -169,6 +165,5 @@ def _call(q: Tensor, k: Tensor, args: AttentionArgs) -> FlashCall:
         window_right=-1 if args.causal else right,
         softmax_scale=args.softmax_scale,
         dropout_p=args.dropout_p,
-        alibi_slopes=None if args.alibi_slopes is None else unit_inner(args.alibi_slopes),
         need_lse=args.need_lse or args.sinks is not None,
     )

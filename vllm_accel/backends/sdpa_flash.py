@@ -1,9 +1,10 @@
 """PyTorch's FlashAttention 2: ``aten::_flash_attention_forward`` and its backward, called directly.
 
-Unlike F.scaled_dot_product_attention they take (B, S, H, D), packed sequences, windows and ALiBi slopes, and align
-causal bottom-right; and they check next to nothing. Conventions, read in pytorch's
+Unlike F.scaled_dot_product_attention they take (B, S, H, D), packed sequences and windows, and align
+causal bottom-right; and they check next to nothing. (Slopes are in the schema and not in torch's builds:
+"This flash attention build does not support alibi", torch 2.11 on an H200, 2026-11-23.) Conventions, read in pytorch's
 aten/src/ATen/native/transformers/cuda/attention.cu, attention_backward.cu, flash_attn/flash_api.cpp and sdp_utils.cpp:
-+inf in rows without keys; a backward without ALiBi; reproducible gradients only under the process-wide
++inf in rows without keys; reproducible gradients only under the process-wide
 torch.use_deterministic_algorithms; on AMD another kernel with the same name and less in it.
 """
 
@@ -50,16 +51,6 @@ def _rocm(spec: AttentionSpec, device: Device) -> str | None:
     return None
 
 
-def _alibi(spec: AttentionSpec, device: Device) -> str | None:
-    if Feature.ALIBI not in spec.features:
-        return None
-    if Feature.GRAD in spec.features:
-        return "takes ALiBi slopes without gradients only: its backward has no parameter for them"
-    if "alibi_slopes" not in aten.parameters("_flash_attention_forward"):
-        return f"torch {torch.__version__} has no ALiBi slopes in its operator"
-    return None
-
-
 def _dropout(spec: AttentionSpec, device: Device) -> str | None:
     if Feature.DROPOUT in spec.features and "rng_state" not in aten.parameters("_flash_attention_backward"):
         return f"torch {torch.__version__} keeps the state of dropout another way than this adapter knows"
@@ -98,7 +89,6 @@ class SdpaFlashBackend(TorchBackend):
         | Feature.WINDOW_LEFT
         | Feature.WINDOW_RIGHT
         | Feature.SCALE
-        | Feature.ALIBI
         | Feature.SINKS
         | Feature.SINKS_GRAD
         | Feature.DROPOUT
@@ -109,7 +99,6 @@ class SdpaFlashBackend(TorchBackend):
         rules=(
             aten.CARRIED,
             Rule("rocm", _rocm),
-            Rule("alibi", _alibi),
             Rule("dropout_schema", _dropout),
             Rule("deterministic_backward", _deterministic),
             rules.DROPOUT_BACKWARD,
@@ -146,8 +135,7 @@ class AtenFlash:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: FlashCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return out, lse and the state of the random generator with dropout."""
-        slopes = {} if call.alibi_slopes is None else {"alibi_slopes": call.alibi_slopes}
-        out, lse, rng, *_ = self._forward(query=q, key=k, value=v, return_debug_mask=False, **_shared(call), **slopes)
+        out, lse, rng, *_ = self._forward(query=q, key=k, value=v, return_debug_mask=False, **_shared(call))
         return out, lse if call.need_lse else None, rng.view(torch.int64) if call.dropout_p else None
 
     def backward(
@@ -167,7 +155,7 @@ class AtenFlash:
 
 
 class DirectSdpaFlash(FlashKernel):
-    """Dense calls of one head size without windows, slopes, sinks or dropout: 2 us over the operator, not 12.
+    """Dense calls of one head size without windows, sinks or dropout: 2 us over the operator, not 12.
 
     (Contiguous tensors, a stub for the operator, 2-core EPYC, 2026-11-23.)
     """

@@ -54,7 +54,7 @@ class ForwardResult(NamedTuple):
     """What an attention kernel returns, in the library's conventions (SPEC: natural log, -inf for empty rows).
 
     out: q's shape with Dv, contiguous. lse: fp32 (B, H, Sq) or (H, Tq), may be None unless `need_lse`.
-    rng: int64 (2,) on q's device that reproduces the dropout mask, None without dropout.
+    rng: int64 (2,) that reproduces the dropout mask, on q's device or the host; None without dropout.
     """
 
     out: Tensor

@@ -115,7 +115,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
         return _forward(q, k, v, *rest)
     if lse is None or not args.need_lse:
         lse = q.new_empty(0, dtype=torch.float32)
-    return out, lse, q.new_empty(0, dtype=torch.int64) if rng is None else rng
+    # A kernel may keep its random state on the host; the operator promises it on q's device.
+    return out, lse, q.new_empty(0, dtype=torch.int64) if rng is None else rng.to(q.device)
 
 
 def _unit_inner(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
