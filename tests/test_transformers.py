@@ -146,7 +146,9 @@ def test_a_mask_that_may_be_for_cross_attention_leaves_the_queries_alone(
 def test_windows(bidirectional: bool, window: tuple[int, int]) -> None:
     mask = build(None, 9, bidirectional=bidirectional, sliding_window=4)
     assert mask == Mask(not bidirectional, window, kv_length=9, keys=9)
-    assert build(None, 4, bidirectional=bidirectional, sliding_window=4).window_size == NO_WINDOW
+    reach = 5 if bidirectional else 4  # a window that no key is outside of is none
+    assert build(None, reach, bidirectional=bidirectional, sliding_window=4).window_size == NO_WINDOW
+    assert build(None, reach + 1, bidirectional=bidirectional, sliding_window=4).window_size == window
 
 
 def test_layers_without_a_window_say_so_in_models_with_one() -> None:
@@ -160,6 +162,19 @@ def test_a_chunk_is_no_window() -> None:
     filled = build_mask(3, 9, 9, local_size=4, config=config)
     assert isinstance(filled, Tensor)
     assert torch.equal(filled, sdpa_mask(3, 9, 9, allow_is_causal_skip=False))  # the function given is plain causal
+
+
+@pytest.mark.parametrize("case", ["longer mask", "shorter mask", "more queries than keys"])
+def test_lengths_that_disagree_are_left_to_transformers(case: str) -> None:
+    sizes: dict[str, Any] = {"batch_size": 3, "q_length": 5, "kv_length": 16, "q_offset": 4}
+    if case == "more queries than keys":
+        sizes = {"batch_size": 3, "q_length": 9, "kv_length": 5}
+    else:
+        sizes["attention_mask"] = torch.ones(3, 16 if case == "longer mask" else 8, dtype=torch.bool)
+        sizes["attention_mask"][0, :3] = False
+    filled = build_mask(**sizes, config=types.SimpleNamespace())
+    assert isinstance(filled, Tensor)
+    assert torch.equal(filled, sdpa_mask(**sizes, allow_is_causal_skip=False))
 
 
 def test_custom_functions_are_filled_in_by_transformers() -> None:
@@ -320,6 +335,16 @@ def test_cross_attention_keeps_queries_where_its_keys_are_padding(monkeypatch: p
     for layer in (CrossAttentionLayer(False), Layer(False)):
         layer.is_cross_attention = True
         torch.testing.assert_close(attention_forward(layer, q, k, v, mask)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_queries_that_are_fewer_than_keys_are_none_of_them() -> None:
+    """A configuration need not say that a model crosses; a resampler's learned queries are never padding."""
+    q, k, v = qkv(queries=5)
+    mask = build_mask(
+        3, 5, 9, attention_mask=padded("left"), allow_is_causal_skip=False, allow_is_bidirectional_skip=True
+    )
+    out, _ = attention_forward(Layer(False), q, k, v, mask)
+    torch.testing.assert_close(out, dense(q, k, v, padded("left")[:, None, None]), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("is_causal", [None, True, False])

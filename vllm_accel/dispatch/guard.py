@@ -38,13 +38,14 @@ def _torch_guard(*tensors: Tensor) -> TensorGuard:
     if len({id(t) for t in tensors}) < len(tensors):
         return python_guard(*tensors)  # torch's refuses one tensor in two places, always
     # Of the strides only the innermost counts (kernels want it to be 1): another view must not need another plan.
-    guards = _guards_type(
-        *tensors,
-        dynamic_dims_sizes=[[*t.shape] for t in tensors],  # type: ignore[misc, unused-ignore]
-        dynamic_dims_strides=[[*[None] * (t.dim() - 1), *_inner_stride(t)] for t in tensors],  # type: ignore[misc, unused-ignore]
-    )
+    strides = [_UNIT[t.dim()] if t.is_contiguous() else [*[None] * (t.dim() - 1), *_inner_stride(t)] for t in tensors]
+    guards = _guards_type(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=strides)  # type: ignore[arg-type, unused-ignore]
     check: TensorGuard = guards.check
     return check
+
+
+#: Strides of a contiguous tensor by its dimensions: any, but the innermost is 1.
+_UNIT: list[list[int | None]] = [[], *([*[None] * n, 1] for n in range(6))]
 
 
 def _inner_stride(t: Tensor) -> tuple[int, ...]:

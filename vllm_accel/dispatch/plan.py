@@ -24,7 +24,7 @@ class Plan:
         check: true for tensors of the kind this plan was made for.
         forward: the kernel's forward.
         args: everything of the call but the main tensors, where no optional tensor is given.
-        direct: forward(q, k, v, args)[0] is the whole answer (no gradient, no LSE asked for, nothing to check or copy).
+        direct: what forward(q, k, v, args) returns is the answer (no gradient, nothing to check or to copy first).
         grad: an input requires a gradient. copies: an innermost stride is not 1, which kernels do not take.
         kernel, backend, spec, device: what the plan was made of.
         explicit: the backend was asked for by name, so a failure is never papered over.

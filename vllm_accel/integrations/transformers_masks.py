@@ -249,22 +249,33 @@ def _packed(mask_function: Any) -> tuple[Tensor, Pattern] | None:
 
     The function is a closure over closures; anything not known to the last part is left to transformers.
     """
-    name, parts = _opened(mask_function)
-    functions = parts.get("mask_functions", ())
-    if name != "and_masks" or len(functions) != 2:
-        return None
-    (one, same), (other, positions) = (_opened(function) for function in functions)
-    if (one, other) != ("packed_sequence_mask_function", "remap_positions_for_packed_sequence"):
-        return None
-    numbers, inner = same["packed_sequence_mask"], positions["mask_function"]
-    if inner is causal_mask_function:
-        return numbers, Pattern(True, NO_WINDOW)
-    name, parts = _opened(inner)
-    functions = parts.get("mask_functions", ())
-    if name != "and_masks" or len(functions) != 2 or functions[1] is not causal_mask_function:
-        return None
-    name, parts = _opened(functions[0])
-    return (numbers, Pattern(True, (parts["sliding_window"] - 1, 0))) if name == "sliding_window_overlay" else None
+    parts = _intersection(mask_function)
+    for packing, rest in (parts, parts[::-1]) if parts else ():
+        name, held = _opened(packing)
+        if name == "packed_sequence_mask_function":
+            inner = _opened(rest)  # 5.21 and later count positions within each sequence, which changes no order
+            inner = inner[1]["mask_function"] if inner[0] == "remap_positions_for_packed_sequence" else rest
+            pattern = _causal_pattern(inner)
+            return None if pattern is None else (held["packed_sequence_mask"], pattern)
+    return None
+
+
+def _causal_pattern(mask_function: Any) -> Pattern | None:
+    """Recognise transformers' causal mask function, with or without a window."""
+    if mask_function is causal_mask_function:
+        return Pattern(True, NO_WINDOW)
+    overlay, causal = _intersection(mask_function) or (None, None)
+    name, held = _opened(overlay)
+    if causal is causal_mask_function and name == "sliding_window_overlay":
+        return Pattern(True, (held["sliding_window"] - 1, 0))
+    return None
+
+
+def _intersection(mask_function: Any) -> tuple[Any, Any] | None:
+    """Return the two functions of which a third is the intersection."""
+    name, held = _opened(mask_function)
+    functions = held.get("mask_functions", ())
+    return tuple(functions) if name == "and_masks" and len(functions) == 2 else None
 
 
 def _opened(function: Any) -> tuple[str, dict[str, Any]]:

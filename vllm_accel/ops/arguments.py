@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_accel.dispatch.backend import AttentionArgs
-from vllm_accel.dispatch.spec import Feature, Relation, bucket
+from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation, bucket
 
 NO_WINDOW = (-1, -1)
 
@@ -81,65 +81,91 @@ def describe(
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
     """
-    varlen = max_seqlen_q is not None
-    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
-    rank = 3 if varlen else 4
-    if not len(q_shape) == len(k_shape) == len(v_shape) == rank:
-        form = "(tokens, heads, head_dim)" if varlen else "(batch, tokens, heads, head_dim)"
-        raise ValueError(f"q, k, v must be {form}; got {_shapes(q, k, v)}")
-    heads, head_dim = q_shape[-2:]
-    kv_heads, head_dim_v = v_shape[-2:]
-    if k_shape[:-1] != v_shape[:-1] or k_shape[-1] != head_dim or (not varlen and k_shape[0] != q_shape[0]):
-        raise ValueError(
-            "q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv) must agree in batch, key length, key heads "
-            f"and head size; got {_shapes(q, k, v)}"
-        )
+    # On the miss path of a growing decode (under 8 us in all): shapes are unpacked once, constants bound outside.
+    if max_seqlen_q is None:
+        batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim, head_dim_v = _dense_sizes(q, k, v)
+        relation = _EQUAL if seqlen_q == seqlen_k else _SHORTER if seqlen_q < seqlen_k else _LONGER
+        flags, empty = 0, not (batch and seqlen_q and seqlen_k)
+    else:
+        tokens_q, tokens_k, heads, kv_heads, head_dim, head_dim_v = _packed_sizes(q, k, v)
+        batch, seqlen_q, seqlen_k, relation = _packed(tokens_q, tokens_k, extras, max_seqlen_q, max_seqlen_k, q.device)
+        flags, empty = _F["VARLEN"], not (batch and seqlen_q and seqlen_k and tokens_q and tokens_k)
     if not kv_heads or heads % kv_heads or not head_dim or not head_dim_v or not heads:
         raise ValueError(f"H={heads} must be a positive multiple of Hkv={kv_heads}, and head sizes positive")
     dtype, device = q.dtype, q.device
-    if not (k.dtype is dtype and v.dtype is dtype):
+    if k.dtype is not dtype or v.dtype is not dtype:
         raise TypeError(f"q, k, v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if dtype not in _DTYPES:
         raise TypeError(f"q has dtype {dtype}; attention takes floating-point tensors (16, 32, 64 bit or FP8)")
-    if not (k.device == device and v.device == device):
+    if k.device != device or v.device != device:
         raise ValueError(f"q, k, v must be on one device; got {q.device}, {k.device}, {v.device}")
 
-    causal, window_size, scale, softcap, dropout_p, return_lse, deterministic, batch_invariant = options
-    flags = _option_flags(options, grad)
-    if varlen:
-        batch, seqlen_q, seqlen_k, relation = _packed(q_shape, k_shape, extras, max_seqlen_q, max_seqlen_k, device)
-        flags |= _F["VARLEN"]
-    else:
-        batch, seqlen_q, seqlen_k = q_shape[0], q_shape[1], k_shape[1]
-        relation = _relation(seqlen_q, seqlen_k)
+    flags |= _option_flags(options, grad)
     if heads != kv_heads:
         flags |= _GQA
     if head_dim != head_dim_v:
         flags |= _VALUE_DIM
     bias_shape: tuple[int, ...] = ()
     if extras is not NO_EXTRAS:
-        flags |= _extra_flags(extras, dtype, device, (batch, heads, seqlen_q, seqlen_k), kv_heads, varlen)
+        flags |= _extra_flags(extras, dtype, device, (batch, heads, seqlen_q, seqlen_k), kv_heads)
         bias_shape = () if extras.attn_bias is None else tuple(extras.attn_bias.shape)
 
-    kind = (
-        dtype, k.dtype, heads, kv_heads, head_dim, head_dim_v,
-        bucket(batch), bucket(seqlen_q), bucket(seqlen_k), relation, flags,
+    causal, window_size, scale, softcap, dropout_p, return_lse, deterministic, batch_invariant = options
+    args: AttentionArgs = _new(
+        AttentionArgs,
+        (
+            *extras, seqlen_q, seqlen_k, head_dim**-0.5 if scale is None else float(scale), causal,
+            (window_size[0], window_size[1]), float(softcap), float(dropout_p), return_lse or bool(grad),
+            deterministic, batch_invariant,
+        ),
     )  # fmt: skip
-    args = AttentionArgs(
-        *extras,
-        seqlen_q,
-        seqlen_k,
-        head_dim**-0.5 if scale is None else float(scale),
-        bool(causal),
-        (window_size[0], window_size[1]),
-        float(softcap),
-        float(dropout_p),
-        bool(return_lse or grad),
-        bool(deterministic),
-        bool(batch_invariant),
-    )
-    empty = not (batch and seqlen_q and seqlen_k and q_shape[0] and k_shape[0])
+    kind = (
+        dtype, dtype, heads, kv_heads, head_dim, head_dim_v, bucket(batch), bucket(seqlen_q), bucket(seqlen_k),
+        relation, flags,
+    )  # fmt: skip
     return Described(kind, AttentionSizes(batch, seqlen_q, seqlen_k, bias_shape), args, empty)
+
+
+def spec_of(kind: tuple[Any, ...]) -> AttentionSpec:
+    """Build the spec from the kind of a call."""
+    *fields, relation, flags = kind
+    return AttentionSpec(*fields, _RELATIONS[relation], Feature(flags))  # type: ignore[call-arg, unused-ignore]
+
+
+# Relations travel as numbers: the hash of an enum member is a Python call.
+_RELATIONS = tuple(Relation)
+_EQUAL, _SHORTER, _LONGER, _MIXED = range(4)
+_new = tuple.__new__
+
+
+def _dense_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int, int]:
+    """Return B, Sq, Sk, H, Hkv, D, Dv of (B, S, H, D) tensors that belong together."""
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"q, k, v must be (batch, tokens, heads, head_dim); got {_shapes(q, k, v)}")
+    batch, seqlen_q, heads, head_dim = q.shape
+    batch_k, seqlen_k, kv_heads, head_dim_k = k.shape
+    batch_v, seqlen_v, heads_v, head_dim_v = v.shape
+    if not batch == batch_k == batch_v or seqlen_k != seqlen_v or kv_heads != heads_v or head_dim != head_dim_k:
+        raise ValueError(
+            "q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv) must agree in batch, key length, key heads "
+            f"and head size; got {_shapes(q, k, v)}"
+        )
+    return batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim, head_dim_v
+
+
+def _packed_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int]:
+    """Return Tq, Tk, H, Hkv, D, Dv of (T, H, D) tensors that belong together."""
+    if not q.dim() == k.dim() == v.dim() == 3:
+        raise ValueError(f"q, k, v must be (tokens, heads, head_dim); got {_shapes(q, k, v)}")
+    tokens_q, heads, head_dim = q.shape
+    tokens_k, kv_heads, head_dim_k = k.shape
+    tokens_v, heads_v, head_dim_v = v.shape
+    if tokens_k != tokens_v or kv_heads != heads_v or head_dim != head_dim_k:
+        raise ValueError(
+            "q (Tq, H, D), k (Tk, Hkv, D), v (Tk, Hkv, Dv) must agree in keys, key heads and head size; "
+            f"got {_shapes(q, k, v)}"
+        )
+    return tokens_q, tokens_k, heads, kv_heads, head_dim, head_dim_v
 
 
 NO_EXTRAS = Extras()
@@ -147,14 +173,10 @@ NO_EXTRAS = Extras()
 
 def _option_flags(options: Options, grad: int) -> int:
     causal, window_size, scale, softcap, dropout_p, return_lse, deterministic, batch_invariant = options
-    for name, value in (
-        ("causal", causal),
-        ("return_lse", return_lse),
-        ("deterministic", deterministic),
-        ("batch_invariant", batch_invariant),
-    ):
-        if value is not True and value is not False:
-            raise TypeError(f"{name} must be True or False, not {value!r}")
+    if not type(causal) is type(return_lse) is type(deterministic) is type(batch_invariant) is bool:
+        for name in ("causal", "return_lse", "deterministic", "batch_invariant"):
+            if not isinstance(getattr(options, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(options, name)!r}")
     flags = (_CAUSAL if causal else 0) | grad
     if return_lse:
         flags |= _LSE | (_F["LSE_GRAD"] if grad else 0)
@@ -193,13 +215,13 @@ def _window_flags(window_size: Any) -> int:
 
 
 def _packed(
-    q_shape: tuple[int, ...],
-    k_shape: tuple[int, ...],
+    tokens_q: int,
+    tokens_k: int,
     extras: Extras,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     device: torch.device,
-) -> tuple[int, int, int, Relation]:
+) -> tuple[int, int, int, int]:
     cu_q, cu_k = extras.cu_seqlens_q, extras.cu_seqlens_k
     for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if not isinstance(cu, Tensor):
@@ -217,9 +239,9 @@ def _packed(
         if isinstance(length, bool) or not isinstance(length, int) or length < 0:
             raise TypeError(f"{name} must be a Python int, at least the longest sequence, not {length!r}")
     assert max_seqlen_q is not None and max_seqlen_k is not None
-    relation = Relation.EQUAL if cu_q is cu_k and max_seqlen_q == max_seqlen_k else Relation.MIXED
+    relation = _EQUAL if cu_q is cu_k and max_seqlen_q == max_seqlen_k else _MIXED
     # A maximum beyond the tensor is harmless and common (a fixed buffer); kernels get the smaller one.
-    return cu_q.shape[0] - 1, min(max_seqlen_q, q_shape[0]), min(max_seqlen_k, k_shape[0]), relation
+    return cu_q.shape[0] - 1, min(max_seqlen_q, tokens_q), min(max_seqlen_k, tokens_k), relation
 
 
 def _extra_flags(
@@ -228,7 +250,6 @@ def _extra_flags(
     device: torch.device,
     full: tuple[int, int, int, int],
     kv_heads: int,
-    varlen: bool,
 ) -> int:
     batch, heads = full[0], full[1]
     flags = 0
@@ -303,6 +324,14 @@ def check_lengths(args: AttentionArgs, tokens_q: int, tokens_k: int) -> None:
             raise ValueError(f"{name} ends at {ends[-1]}, past the {tokens} tokens of the tensor")
 
 
+def present(extras: Extras) -> tuple[Tensor, ...]:
+    """Return the optional tensors that are given; cu_seqlens that serves queries and keys counts once."""
+    if extras is NO_EXTRAS:
+        return ()
+    shared = extras.cu_seqlens_q is extras.cu_seqlens_k
+    return tuple([t for t in (extras[1:] if shared else extras) if t is not None])
+
+
 def with_four_dims(attn_bias: Any) -> Any:
     """Give a bias of fewer dimensions leading ones, so that kernels see (B or 1, H or 1, Sq or 1, Sk or 1)."""
     if isinstance(attn_bias, Tensor) and attn_bias.dim() < 4:
@@ -323,12 +352,6 @@ def needs_grad(q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> int:
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             flags |= _GRAD | _F[flag]
     return flags
-
-
-def _relation(seqlen_q: int, seqlen_k: int) -> Relation:
-    if seqlen_q == seqlen_k:
-        return Relation.EQUAL
-    return Relation.SHORTER if seqlen_q < seqlen_k else Relation.LONGER
 
 
 def _is_number(value: object) -> bool:

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from vllm_accel.dispatch import override
 from vllm_accel.dispatch.backend import AttentionArgs
 from vllm_accel.ops import compiled, transforms
-from vllm_accel.ops.arguments import NO_EXTRAS, NO_WINDOW, Extras, Options, needs_grad, with_four_dims
+from vllm_accel.ops.arguments import NO_EXTRAS, NO_WINDOW, Extras, Options, needs_grad, present, with_four_dims
 from vllm_accel.ops.run import PLANS, Result, execute, make_plan, may_fall_back
 
 # Bound once: each of these is looked up on every call, and the whole hot path has about a microsecond.
@@ -20,6 +20,7 @@ _overridden = override.variable("attention").get
 _grad_enabled = torch.is_grad_enabled
 _tracing = torch.compiler.is_dynamo_compiling
 _new = tuple.__new__
+_N_EXTRAS = len(Extras._fields)
 
 
 def attention(
@@ -81,24 +82,25 @@ def attention(
         )
         return compiled.attention(q, k, v, extras, options, None, backend)
     if alibi_slopes is attn_bias is sinks is q_descale is k_descale is v_descale is None:
-        overridden = _overridden()
+        key = (
+            causal, window_size, softmax_scale, softcap, dropout_p, return_lse, deterministic, batch_invariant,
+            backend, _overridden(), _grad_enabled(),
+        )  # fmt: skip
         try:
-            plan = _last_plan(
-                (causal, window_size, softmax_scale, softcap, dropout_p, return_lse, deterministic, batch_invariant,
-                 backend, overridden, _grad_enabled())
-            )  # fmt: skip
+            plan = _last_plan(key)
         except TypeError:  # a list where a tuple belongs
             plan = None
         if plan is not None and plan.direct and plan.check(q, k, v) and forward_ad._current_level < 0:
             try:
-                return plan.forward(q, k, v, plan.args)[0]  # type: ignore[no-any-return]
+                result = plan.forward(q, k, v, plan.args)
             except Exception as error:
                 if not may_fall_back(plan, error):
                     raise
+            else:
+                return result[:2] if return_lse else result[0]  # type: ignore[no-any-return]
         extras = NO_EXTRAS
     else:
-        attn_bias = with_four_dims(attn_bias)
-        extras = Extras(None, None, alibi_slopes, attn_bias, sinks, q_descale, k_descale, v_descale)
+        extras = Extras(None, None, alibi_slopes, with_four_dims(attn_bias), sinks, q_descale, k_descale, v_descale)
     options = Options(
         causal, window_size, softmax_scale, softcap, dropout_p, return_lse, deterministic, batch_invariant
     )
@@ -164,38 +166,38 @@ def _general(
     lengths: tuple[int, int] | None,
     backend: object,
 ) -> Result:
-    """Run a call that has no last plan: with optional tensors, packed, or of another kind than the one before."""
+    """Run a call that has optional tensors, is packed, or is of another kind than the one before."""
     if isinstance(options.window_size, list):
         options = options._replace(window_size=(*options.window_size,))
     if isinstance(backend, list):
         backend = tuple(backend)
     overridden = _overridden()
-    grad_enabled = _grad_enabled()
-    key: tuple[object, ...] = (*options, backend, overridden, grad_enabled)
-    present: tuple[Tensor, ...] = ()
+    key: tuple[object, ...] = (*options, backend, overridden, _grad_enabled())
+    given: tuple[Tensor, ...] = ()
     if extras is not NO_EXTRAS:
-        # Which tensors are given, and whether cu_seqlens is shared, belong to the kind of call.
-        shared = extras.cu_seqlens_q is extras.cu_seqlens_k
-        present = tuple(t for t in (extras[1:] if shared else extras) if t is not None)
-        key += (*(t is None for t in extras), shared)
-    shapes = None
-    plan = None
+        # Which tensors are given, whether cu_seqlens is shared, and lengths belong to the kind of call.
+        given = present(extras)
+        key += (lengths, extras.cu_seqlens_q is extras.cu_seqlens_k, *[t is None for t in extras])
+    plan, shapes = None, None
     try:
-        shapes = (q.shape, k.shape, lengths)
-        plan = PLANS.find(key, shapes, (q, k, v, *present))
-    except (AttributeError, TypeError):  # not tensors, or an option of a wrong type: named below
-        pass
+        plan = _last_plan(key)
+        if plan is None or not plan.check(q, k, v, *given):
+            shapes = (q.shape, k.shape)
+            plan = PLANS.find(key, shapes, (q, k, v, *given))
+    except (AttributeError, TypeError, RuntimeError):  # not plain tensors, or an option of a wrong type: named below
+        plan = None
     if plan is None or forward_ad._current_level >= 0:
         if (redirected := transforms.redirect(q, k, v, extras)) is not None:
             return redirected(_general, compiled.attention, options, lengths, backend)  # type: ignore[no-any-return]
         grad = needs_grad(q, k, v, extras)
         plan, keep = make_plan(q, k, v, extras, options, lengths, grad, backend, overridden)
         if keep:
-            PLANS.add(key, shapes, plan)
-    args = plan.args if not present else _new(AttentionArgs, (*extras, *plan.args[len(extras) :]))
+            PLANS.add(key, shapes or (q.shape, k.shape), plan)
+    args = _new(AttentionArgs, extras + plan.args[_N_EXTRAS:]) if given else plan.args
     try:
         if plan.direct:
-            return plan.forward(q, k, v, args)[0]  # type: ignore[no-any-return]
+            result = plan.forward(q, k, v, args)
+            return result[:2] if options.return_lse else result[0]  # type: ignore[no-any-return]
         return execute(plan, q, k, v, args, options.return_lse)
     except Exception as error:
         if not may_fall_back(plan, error):

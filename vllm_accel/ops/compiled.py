@@ -17,7 +17,7 @@ from vllm_accel.dispatch import override
 from vllm_accel.dispatch.backend import AttentionArgs
 from vllm_accel.dispatch.plan import Plan
 from vllm_accel.dispatch.spec import Feature
-from vllm_accel.ops.arguments import Extras, Options, check_lengths, needs_grad, with_four_dims
+from vllm_accel.ops.arguments import Extras, Options, check_lengths, needs_grad, present, with_four_dims
 from vllm_accel.ops.run import PLANS, make_plan, may_fall_back
 
 _TENSORS = "Tensor q, Tensor k, Tensor v"
@@ -90,10 +90,9 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, rest: tuple[Any, ...]) -> tuple[Plan,
     lengths = None if max_q < 0 else (max_q, max_k)
     overridden = override.variable("attention").get()
     shared = extras.cu_seqlens_q is extras.cu_seqlens_k
-    present = tuple(t for t in (extras[1:] if shared else extras) if t is not None)
-    key = ("operator", *options, names, overridden, grad, *(t is None for t in extras), shared)
-    shapes = (q.shape, k.shape, lengths)
-    plan = PLANS.find(key, shapes, (q, k, v, *present))
+    key = ("operator", *options, names, overridden, grad, lengths, *[t is None for t in extras], shared)
+    shapes = (q.shape, k.shape)
+    plan = PLANS.find(key, shapes, (q, k, v, *present(extras)))
     if plan is None:
         backend = tuple(names.split(",")) if names else None
         plan, keep = make_plan(q, k, v, extras, options, lengths, grad, backend, overridden)

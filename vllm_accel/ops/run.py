@@ -16,21 +16,15 @@ from vllm_accel.dispatch.device import detect
 from vllm_accel.dispatch.guard import TensorGuard, tensor_guard
 from vllm_accel.dispatch.plan import Plan, PlanCache
 from vllm_accel.dispatch.settings import ATTENTION, settings
-from vllm_accel.dispatch.spec import AttentionSpec, Feature
+from vllm_accel.dispatch.spec import Feature
 from vllm_accel.ops import selftest
-from vllm_accel.ops.arguments import Extras, Options, check_lengths, describe
+from vllm_accel.ops.arguments import Extras, Options, check_lengths, describe, present, spec_of
 from vllm_accel.ops.autograd import AttentionFunction
 from vllm_accel.ops.empty import EMPTY
 
-
-def _make_spec(kind: tuple[Any, ...]) -> AttentionSpec:
-    fields: list[Any] = [*kind[:-1]]
-    return AttentionSpec(*fields, Feature(kind[-1]))  # type: ignore[call-arg, unused-ignore]
-
-
 FAMILY = OpFamily(
     name="attention",
-    make_spec=_make_spec,
+    make_spec=spec_of,
     self_test=selftest.batch_invariance,
 )
 PLANS: PlanCache[Plan] = PlanCache()
@@ -71,8 +65,7 @@ def make_plan(
     asked, asked_by = asked_for(backend, overridden)
     device = q.device
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    shared = extras.cu_seqlens_q is extras.cu_seqlens_k  # one tensor in two places is guarded once
-    tensors = (q, k, v, *(t for t in (extras[1:] if shared else extras) if t is not None))
+    tensors = (q, k, v, *present(extras))
     guard = tensor_guard(*tensors)
     if described.empty:
         kernel, name, spec, where = EMPTY, "empty", FAMILY.make_spec(described.kind), detect(device)
@@ -85,12 +78,12 @@ def make_plan(
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         forward = _on_device(forward, device)
     checks_values = lengths is not None and (device.type == "cpu" or settings().check)
-    copies = any(t.stride(-1) != 1 for t in (q, k, v))
+    copies = q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1
     plan = Plan(
         check=guard,
         forward=forward,
         args=described.args,
-        direct=not (grad or options.return_lse or checks_values or copies),
+        direct=not (grad or checks_values or copies),
         grad=bool(grad),
         copies=copies,
         kernel=kernel,
