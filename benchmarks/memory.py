@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import sys
@@ -31,7 +32,7 @@ class Case:
     """One kind of call, in the dtype and with the heads that keep it short.
 
     Attributes:
-        name: unique. grad: also run the backward. mask: boolean keys mask (B, 1, 1, Sk). options: plain arguments.
+        name: unique. grad: also run the backward. mask: boolean mask of keys (B, 1, 1, Sk).
     """
 
     name: str
@@ -106,31 +107,49 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _return_freed_memory() -> None:
-    """Have glibc map every large block and unmap it when freed, so that what was freed cannot hide a later block."""
+def _map_large_blocks() -> None:
+    """Have glibc map every large block and unmap it when freed: what was freed then never hides a later block."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         m_mmap_threshold = -3
         ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)
 
 
-def measure(case: Case, seqlen: int) -> Measured:
-    """Measure one call in a forked process. Call it before this process has started any thread of torch."""
+def measure(jobs: Sequence[tuple[Case, int]], at_once: int = 1) -> list[Measured]:
+    """Measure calls (a case and a length each) in forked processes, in order of `jobs`.
+
+    Call it before this process has started any thread of torch.
+    """
+    found: list[Measured] = []
+    running: list[tuple[tuple[Case, int], int, int]] = []
+    for job in jobs:
+        if len(running) == at_once:
+            found.append(_finish(*running.pop(0)))
+        running.append((job, *_start(*job)))
+    return found + [_finish(*started) for started in running]
+
+
+def _start(case: Case, seqlen: int) -> tuple[int, int]:
+    """Fork a process that measures one call; return its id and where it writes what it found."""
     reader, writer = os.pipe()
     child = os.fork()
-    if child == 0:
-        try:
-            _return_freed_memory()
-            torch.set_num_threads(1)  # two threads that wait for each other on a busy machine take minutes
-            found = call(case, seqlen)
-        except BaseException:
-            found = Measured(case.name, seqlen, error=traceback.format_exc(limit=-1).strip().splitlines()[-1])
-        os.write(writer, json.dumps(asdict(found)).encode())
-        os._exit(0)
-    os.close(writer)
+    if child:
+        os.close(writer)
+        return child, reader
+    try:
+        _map_large_blocks()
+        torch.set_num_threads(1)  # two threads that wait for each other on a busy machine take minutes
+        found = call(case, seqlen)
+    except BaseException:
+        found = Measured(case.name, seqlen, error=traceback.format_exc(limit=-1).strip().splitlines()[-1])
+    os.write(writer, json.dumps(asdict(found)).encode())
+    os._exit(0)
+
+
+def _finish(job: tuple[Case, int], child: int, reader: int) -> Measured:
     with os.fdopen(reader) as pipe:
         text = pipe.read()
     _, status = os.waitpid(child, 0)
-    return Measured(**json.loads(text)) if text else Measured(case.name, seqlen, error=f"ended with status {status}")
+    return Measured(**json.loads(text)) if text else Measured(job[0].name, job[1], error=f"ended with {status}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,17 +162,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write everything that was measured here")
     parser.add_argument("--cases", default="", help=f"comma separated, of {', '.join(case.name for case in CASES)}")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens, comma separated")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once; each uses one thread")
     given = parser.parse_args(argv)
     wanted = given.cases.split(",") if given.cases else [case.name for case in CASES]
     facts = machine.about("benchmarks.memory", torch.device("cpu"))
     print(machine.describe(facts), flush=True)
-    found: list[Measured] = []
-    for case in (case for case in CASES if case.name in wanted):
-        row = [measure(case, int(n)) for n in given.lengths.split(",")]
+    lengths = sorted((int(n) for n in given.lengths.split(",")), reverse=True)  # the long ones first: none ends alone
+    found = measure([(case, n) for n in lengths for case in CASES if case.name in wanted], given.jobs)
+    found.sort(key=lambda m: (wanted.index(m.case), m.seqlen))
+    for _, group in itertools.groupby(found, key=lambda m: m.case):
+        row = list(group)
         sizes = "  ".join(f"{m.seqlen}: {m.error or f'{m.extra / 2**20:.1f} MiB {m.seconds:.1f} s'}" for m in row)
-        growth = [b.extra / a.extra for a, b in zip(row, row[1:], strict=False) if a.extra and b.extra]
-        print(f"{case.name:24} {row[0].backend:10} {sizes}  growth {', '.join(f'{g:.2f}' for g in growth)}", flush=True)
-        found += row
+        growth = [b.extra / a.extra for a, b in itertools.pairwise(row) if a.extra and b.extra]
+        print(f"{row[0].case:24} {row[0].backend:10} {sizes}  growth {', '.join(f'{g:.2f}' for g in growth)}")
     if given.json:
         data = {"about": facts, "measured": [asdict(m) for m in found]}
         given.json.write_text(json.dumps(data, indent=1) + "\n")

@@ -110,6 +110,12 @@ def test_padding_is_packed_away(side: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert mask.max_seqlen == 9
 
 
+def test_the_longest_sequence_may_be_shorter_than_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_masks, "MIN_SAVED_KEYS", 0)
+    mask = build(padded("left") & (torch.arange(9) >= 4), 9)
+    assert (mask.max_seqlen, mask.cu_seqlens.tolist()) == (5, [0, 3, 8, 13])
+
+
 def test_packing_has_to_pay_on_a_cpu() -> None:
     mask = build(padded("left"), 9)
     assert mask.rows is mask.cu_seqlens is None

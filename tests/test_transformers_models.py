@@ -297,6 +297,27 @@ def test_compiled_forward_in_one_graph(name: str, side: str) -> None:
     torch.testing.assert_close(actual[rows], expected[rows], rtol=0, atol=ATOL)
 
 
+@pytest.mark.usefixtures("_fresh_compiler", "_saved")
+@pytest.mark.parametrize("saved", [0])
+def test_compiled_layers_with_packed_padding(saved: int) -> None:
+    """The mask is built outside and comes in: other lengths need one more graph and then no other."""
+    model = zoo.build("Llama", num_hidden_layers=2)
+    batches = []
+    with torch.no_grad():
+        for length in (7, 9, 4, 12):
+            padding = torch.ones(3, 17, dtype=torch.long)
+            padding[0, :length], padding[2, : length - 3] = 0, 0
+            batches.append((padding, model(zoo.tokens(), attention_mask=padding, use_cache=False).logits))
+        model.set_attn_implementation(NAME)
+        for layer in model.model.layers:
+            layer.compile(backend="eager", fullgraph=True)
+        torch._dynamo.utils.counters.clear()
+        for padding, expected in batches:
+            actual = model(zoo.tokens(), attention_mask=padding, use_cache=False).logits
+            torch.testing.assert_close(actual[padding.bool()], expected[padding.bool()], rtol=0, atol=ATOL)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_training_step_in_one_graph() -> None:
     model = zoo.build("Llama", num_hidden_layers=2).train()
@@ -321,6 +342,20 @@ def test_compiled_decoding_with_a_static_cache() -> None:
     options._compile_all_devices = True  # transformers compiles by itself on GPUs only
     found = model.generate(zoo.tokens(), compile_config=options, **inputs)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_prompt_into_a_static_cache() -> None:
+    """The position of the first query is a tensor there, and tracing cannot read it."""
+    model, results = zoo.build("Llama", num_hidden_layers=2), []
+    for implementation in ("eager", NAME):
+        model.set_attn_implementation(implementation)
+        step = model if implementation == "eager" else torch.compile(model, backend="eager", fullgraph=True)
+        cache = StaticCache(config=model.config, max_cache_len=24)
+        with torch.no_grad():
+            model(zoo.tokens()[:, :5], past_key_values=cache)
+            results.append(step(zoo.tokens()[:, 5:], past_key_values=cache).logits)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=ATOL)
 
 
 # Real weights ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ public, so a Python twin stands behind it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,9 +40,30 @@ def _torch_guard(*tensors: Tensor) -> TensorGuard:
         return python_guard(*tensors)  # torch's refuses one tensor in two places, always
     # Of the strides only the innermost counts (kernels want it to be 1): another view must not need another plan.
     strides = [_UNIT[t.dim()] if t.is_contiguous() else [*[None] * (t.dim() - 1), *_inner_stride(t)] for t in tensors]
-    guards = _guards_type(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=strides)  # type: ignore[arg-type, unused-ignore]
+    guards = _guards_type(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=strides)
     check: TensorGuard = guards.check
     return check
+
+
+class Kin(NamedTuple):
+    """What a plan knows of tensors at other lengths: a check for them, and the strides that its own guard was made of."""
+
+    check: TensorGuard
+    strides: list[list[int | None]]
+
+    def guard(self, q: Tensor, k: Tensor, v: Tensor) -> TensorGuard:
+        """Return the guard for tensors that `check` has accepted, at their own lengths."""
+        check: TensorGuard = _guards_type(q, k, v, dynamic_dims_sizes=None, dynamic_dims_strides=self.strides).check
+        return check
+
+
+def kin_of(q: Tensor, k: Tensor, v: Tensor) -> Kin | None:
+    """Describe (B, S, H, D) tensors of the same kind at any B and S; None where torch's own guard cannot be used."""
+    if tensor_guard is python_guard or q is k or k is v or q is v:
+        return None
+    sizes = [[None, None, *t.shape[2:]] for t in (q, k, v)]
+    strides: list[list[int | None]] = [[None, None, None, t.stride(-1)] for t in (q, k, v)]
+    return Kin(_guards_type(q, k, v, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check, strides)
 
 
 #: Strides of a contiguous tensor by its dimensions: any, but the innermost is 1.
@@ -77,8 +99,9 @@ def _works() -> bool:
     return bool(same and not differ)
 
 
+_guards_type: Any
 try:
-    from torch._C._dynamo.guards import TensorGuards as _guards_type  # type: ignore[attr-defined, unused-ignore]
+    from torch._C._dynamo.guards import TensorGuards as _guards_type
 
     tensor_guard: Callable[..., TensorGuard] = _torch_guard if _works() else python_guard
 except ImportError:

@@ -6,7 +6,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from vllm_accel.dispatch.guard import TensorGuard
+from vllm_accel.dispatch.capability import Guard
+from vllm_accel.dispatch.guard import Kin, TensorGuard
 
 #: Plans for exact shapes kept per operation; a decode of 500 steps over 4 kinds of layers fits.
 MAX_PLANS = 4096
@@ -28,10 +29,13 @@ class Plan:
         grad: an input requires a gradient. copies: an innermost stride is not 1, which kernels do not take.
         kernel, backend, spec, device: what the plan was made of.
         explicit: the backend was asked for by name, so a failure is never papered over.
+        kin: knows tensors that differ in lengths at most; None where the plan is for its lengths alone.
+        bucket: what the choice knows of the lengths. guards: exact-size limits of the backend.
     """
 
     __slots__ = (
-        "args", "backend", "check", "copies", "device", "direct", "explicit", "forward", "grad", "kernel", "spec",
+        "args", "backend", "bucket", "check", "copies", "device", "direct", "explicit", "forward", "grad", "guards",
+        "kernel", "kin", "spec",
     )  # fmt: skip
 
     def __init__(
@@ -48,6 +52,9 @@ class Plan:
         spec: Any,
         device: Any,
         explicit: bool,
+        kin: Kin | None = None,
+        bucket: Any = None,
+        guards: tuple[Guard, ...] = (),
     ) -> None:
         self.check = check
         self.forward = forward
@@ -60,6 +67,19 @@ class Plan:
         self.spec = spec
         self.device = device
         self.explicit = explicit
+        self.kin = kin
+        self.bucket = bucket
+        self.guards = guards
+
+    def at_other_lengths(self, check: TensorGuard, args: Any) -> Plan:
+        """Return the same plan for other lengths of its bucket."""
+        other = Plan.__new__(Plan)
+        other.check, other.args = check, args
+        # Written out: a loop over the slots costs twice as much, on a path that runs once a decode step.
+        other.forward, other.direct, other.grad, other.copies = self.forward, self.direct, self.grad, self.copies
+        other.kernel, other.backend, other.spec, other.device = self.kernel, self.backend, self.spec, self.device
+        other.explicit, other.kin, other.bucket, other.guards = self.explicit, self.kin, self.bucket, self.guards
+        return other
 
 
 P = TypeVar("P", bound=Plan)
@@ -91,7 +111,9 @@ class PlanCache(Generic[P]):
         if len(self.last) >= MAX_PLANS:
             self.last.clear()
         key = (options, shapes)
-        self._exact[key] = (plan, *self._exact.get(key, ())[: MAX_PER_KEY - 1])
+        plans = self._exact.setdefault(key, (plan,))
+        if plans[0] is not plan:
+            self._exact[key] = (plan, *plans[: MAX_PER_KEY - 1])
         self.last[options] = plan
 
     def clear(self) -> None:

@@ -7,6 +7,12 @@
 Encoders and decoders, grouped key heads as they are, padding on either side, `generate` with dynamic, static and
 sliding-window caches, packed `position_ids` or `FlashAttentionKwargs`, 4-D masks, training with gradient checkpointing
 and `torch.compile`. `vllm_accel` chooses the kernel: see `vllm_accel.explain` and `vllm_accel.use_backend`.
+
+Visible is what eager attention makes visible, with two things to know. Some models (gpt-oss) do not report packed
+`position_ids` to transformers' masks, and mix the sequences: give them `FlashAttentionKwargs`. A model compiled whole
+and called without `attention_mask` or `FlashAttentionKwargs` gets transformers' filled-in mask of O(S^2), because
+positions cannot be read while tracing; compiling its layers, as `for layer in model.model.layers: layer.compile()`,
+avoids that.
 """
 
 from __future__ import annotations

@@ -17,6 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+if "q_offset" not in inspect.signature(sdpa_mask).parameters:  # releases before describe queries by a cache_position
+    raise ImportError("vllm_accel.integrations.transformers needs transformers 5.4 or newer")
+
 NO_WINDOW = (-1, -1)
 
 #: On a CPU, sequences are packed if that saves each query this many keys on average: gathering, scattering and one call

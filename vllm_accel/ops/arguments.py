@@ -84,11 +84,12 @@ def describe(
     # On the miss path of a growing decode (under 8 us in all): shapes are unpacked once, constants bound outside.
     if max_seqlen_q is None:
         batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim, head_dim_v = _dense_sizes(q, k, v)
-        relation = _EQUAL if seqlen_q == seqlen_k else _SHORTER if seqlen_q < seqlen_k else _LONGER
+        lengths = length_kind(batch, seqlen_q, seqlen_k)
         flags, empty = 0, not (batch and seqlen_q and seqlen_k)
     else:
         tokens_q, tokens_k, heads, kv_heads, head_dim, head_dim_v = _packed_sizes(q, k, v)
         batch, seqlen_q, seqlen_k, relation = _packed(tokens_q, tokens_k, extras, max_seqlen_q, max_seqlen_k, q.device)
+        lengths = (bucket(batch), bucket(seqlen_q), bucket(seqlen_k), relation)
         flags, empty = _F["VARLEN"], not (batch and seqlen_q and seqlen_k and tokens_q and tokens_k)
     if not kv_heads or heads % kv_heads or not head_dim or not head_dim_v or not heads:
         raise ValueError(f"H={heads} must be a positive multiple of Hkv={kv_heads}, and head sizes positive")
@@ -119,11 +120,18 @@ def describe(
             deterministic, batch_invariant,
         ),
     )  # fmt: skip
-    kind = (
-        dtype, dtype, heads, kv_heads, head_dim, head_dim_v, bucket(batch), bucket(seqlen_q), bucket(seqlen_k),
-        relation, flags,
-    )  # fmt: skip
+    kind = (dtype, dtype, heads, kv_heads, head_dim, head_dim_v, *lengths, flags)
     return Described(kind, AttentionSizes(batch, seqlen_q, seqlen_k, bias_shape), args, empty)
+
+
+#: Where a kind holds what it knows of lengths.
+LENGTHS = slice(6, 10)
+
+
+def length_kind(batch: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int, int, int]:
+    """Return what the choice knows of dense lengths: buckets, and how Sq stands to Sk."""
+    relation = _EQUAL if seqlen_q == seqlen_k else _SHORTER if seqlen_q < seqlen_k else _LONGER
+    return bucket(batch), bucket(seqlen_q), bucket(seqlen_k), relation
 
 
 def spec_of(kind: tuple[Any, ...]) -> AttentionSpec:

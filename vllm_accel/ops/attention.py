@@ -12,7 +12,7 @@ from vllm_accel.dispatch import override
 from vllm_accel.dispatch.backend import AttentionArgs
 from vllm_accel.ops import compiled, transforms
 from vllm_accel.ops.arguments import NO_EXTRAS, NO_WINDOW, Extras, Options, needs_grad, present, with_four_dims
-from vllm_accel.ops.run import PLANS, Result, execute, make_plan, may_fall_back
+from vllm_accel.ops.run import PLANS, Result, execute, make_plan, may_fall_back, other_lengths
 
 # Bound once: each of these is looked up on every call, and the whole hot path has about a microsecond.
 _last_plan = PLANS.last.get
@@ -90,14 +90,17 @@ def attention(
             plan = _last_plan(key)
         except TypeError:  # a list where a tuple belongs
             plan = None
-        if plan is not None and plan.direct and plan.check(q, k, v) and forward_ad._current_level < 0:
-            try:
-                result = plan.forward(q, k, v, plan.args)
-            except Exception as error:
-                if not may_fall_back(plan, error):
-                    raise
-            else:
-                return result[:2] if return_lse else result[0]  # type: ignore[no-any-return]
+        if plan is not None and plan.direct and forward_ad._current_level < 0:
+            if not plan.check(q, k, v):
+                plan = other_lengths(plan, key, q, k, v)
+            if plan is not None and plan.direct:
+                try:
+                    result = plan.forward(q, k, v, plan.args)
+                except Exception as error:
+                    if not may_fall_back(plan, error):
+                        raise
+                else:
+                    return result[:2] if return_lse else result[0]  # type: ignore[no-any-return]
         extras = NO_EXTRAS
     else:
         extras = Extras(None, None, alibi_slopes, with_four_dims(attn_bias), sinks, q_descale, k_descale, v_descale)

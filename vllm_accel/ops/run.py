@@ -11,14 +11,27 @@ from torch import Tensor
 
 from vllm_accel.dispatch import override, quarantine, registry
 from vllm_accel.dispatch.backend import AttentionArgs
+from vllm_accel.dispatch.capability import Guard
 from vllm_accel.dispatch.choose import OpFamily, choose
 from vllm_accel.dispatch.device import detect
-from vllm_accel.dispatch.guard import TensorGuard, tensor_guard
+from vllm_accel.dispatch.guard import TensorGuard, kin_of, tensor_guard
 from vllm_accel.dispatch.plan import Plan, PlanCache
+from vllm_accel.dispatch.selector import refusals
 from vllm_accel.dispatch.settings import ATTENTION, settings
 from vllm_accel.dispatch.spec import Feature
 from vllm_accel.ops import selftest
-from vllm_accel.ops.arguments import Extras, Options, check_lengths, describe, present, spec_of
+from vllm_accel.ops.arguments import (
+    LENGTHS,
+    NO_EXTRAS,
+    AttentionSizes,
+    Extras,
+    Options,
+    check_lengths,
+    describe,
+    length_kind,
+    present,
+    spec_of,
+)
 from vllm_accel.ops.autograd import AttentionFunction
 from vllm_accel.ops.empty import EMPTY
 
@@ -63,27 +76,30 @@ def make_plan(
     max_q, max_k = lengths or (None, None)
     described = describe(q, k, v, extras, options, max_q, max_k, grad)
     asked, asked_by = asked_for(backend, overridden)
-    device = q.device
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    tensors = (q, k, v, *present(extras))
-    guard = tensor_guard(*tensors)
+    device, on_gpu = q.device, q.is_cuda
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+    guard, kin = tensor_guard(q, k, v, *present(extras)), None
+    guards: tuple[Guard, ...] = ()
+    checks_values = lengths is not None and (q.is_cpu or settings().check)
+    copies = q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1
+    direct = not (grad or checks_values or copies)
     if described.empty:
         kernel, name, spec, where = EMPTY, "empty", FAMILY.make_spec(described.kind), detect(device)
     else:
         bound, question = choose(FAMILY, described.kind, device, asked, asked_by, described.sizes, capturing)
-        kernel, name, spec, where = bound.kernel, bound.name, question.spec, question.device
-        if device.type == "cuda" and not bound.capture_safe:
+        kernel, name, spec, where, guards = bound.kernel, bound.name, question.spec, question.device, bound.guards
+        if on_gpu and not bound.capture_safe:
             guard = _outside_capture(guard)
+        elif direct and extras is NO_EXTRAS:
+            kin = kin_of(q, k, v)
     forward = kernel.forward
-    if device.type == "cuda" and torch.cuda.device_count() > 1:
+    if on_gpu and torch.cuda.device_count() > 1:
         forward = _on_device(forward, device)
-    checks_values = lengths is not None and (device.type == "cpu" or settings().check)
-    copies = q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1
     plan = Plan(
         check=guard,
         forward=forward,
         args=described.args,
-        direct=not (grad or checks_values or copies),
+        direct=direct,
         grad=bool(grad),
         copies=copies,
         kernel=kernel,
@@ -91,8 +107,49 @@ def make_plan(
         spec=spec,
         device=where,
         explicit=asked is not None,
+        kin=kin,
+        bucket=described.kind[LENGTHS],
+        guards=guards,
     )
     return plan, not capturing
+
+
+def other_lengths(last: Plan, options: Any, q: Tensor, k: Tensor, v: Tensor) -> Plan | None:
+    """Return the plan for tensors that the last plan of these options does not fit: a known one, or a stretched one."""
+    try:
+        shapes = (q.shape, k.shape)
+        plan = PLANS.find(options, shapes, (q, k, v))
+        if plan is None and (plan := _stretched(last, q, k, v)) is not None:
+            PLANS.add(options, shapes, plan)
+    except (AttributeError, TypeError, RuntimeError):  # not plain tensors: named by `describe` and `redirect`
+        return None
+    return plan
+
+
+def _stretched(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Plan | None:
+    """Make the plan of a dense call from that of a call which differs in lengths within one bucket, else None.
+
+    A decode comes here once a step: one check in C++ stands for everything that `make_plan` looks at but lengths.
+    """
+    kin = plan.kin
+    if kin is None or not kin.check(q, k, v) or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    batch, seqlen_q, _, _ = q.shape
+    batch_k, seqlen_k, _, _ = k.shape
+    batch_v, seqlen_v, _, _ = v.shape
+    if not batch == batch_k == batch_v or seqlen_k != seqlen_v:
+        return None
+    if length_kind(batch, seqlen_q, seqlen_k) != plan.bucket:
+        return None
+    if plan.guards and refusals(plan.guards, plan.spec, AttentionSizes(batch, seqlen_q, seqlen_k)):
+        return None
+    args = plan.args
+    args = _new(AttentionArgs, (*args[:_MAX_SEQLEN_Q], seqlen_q, seqlen_k, *args[_MAX_SEQLEN_Q + 2 :]))
+    return plan.at_other_lengths(kin.guard(q, k, v), args)
+
+
+_MAX_SEQLEN_Q = AttentionArgs._fields.index("max_seqlen_q")
+_new = tuple.__new__
 
 
 def execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, return_lse: bool) -> Result:
