@@ -63,7 +63,7 @@ class SdpaCpuBackend(TorchBackend):
 
     def bind(self, spec: AttentionSpec, device: Device) -> SdpaCpuKernel:
         """Return the direct kernel where one call of the operator does it all, else the general one."""
-        masks = Feature.WINDOW_LEFT | Feature.WINDOW_RIGHT | Feature.ALIBI | Feature.BIAS | Feature.MASK
+        masks = Feature.WINDOW_LEFT | Feature.WINDOW_RIGHT | Feature.ALIBI
         other = masks | Feature.VARLEN | Feature.SINKS | Feature.VALUE_DIM
         causal = Feature.CAUSAL in spec.features and spec.seqlen_q > 1
         if spec.features & other or (causal and spec.relation is not Relation.EQUAL):
@@ -131,21 +131,24 @@ class SdpaCpuKernel:
 
 
 class DirectKernel(SdpaCpuKernel):
-    """One call of the operator: no mask but a square causal one, one head size, no sinks."""
+    """One call of the operator: no mask but a square causal one and attn_bias, one head size, no sinks."""
 
     def __init__(self, causal: bool) -> None:
         self._causal = causal
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> tuple[Tensor, Tensor | None, None]:
         """Return out and lse. The operator mostly writes (B, S, H, D) and returns a transposed view."""
+        mask = args.attn_bias
+        if mask is not None:
+            if self._causal and args.need_lse:  # which rows see no key then depends on both masks
+                return super().forward(q, k, v, args)
+            mask = _additive(mask, _mask_dtype(q))
         out, lse = _forward(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            0.0,
-            self._causal,
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, self._causal, attn_mask=mask,
             scale=args.softmax_scale,
-        )
+        )  # fmt: skip
+        if mask is not None and args.need_lse:
+            lse = lse.masked_fill((mask == -math.inf).all(-1), -math.inf)  # the operator says 0
         return out.transpose(1, 2).contiguous(), lse, None  # no copy unless q was laid out heads first
 
 
@@ -260,6 +263,13 @@ def _above_diagonal(n_q: int, n_k: int, offset: int, q: Tensor) -> Tensor:
     return torch.full((1, 1, n_q, n_k), -math.inf, dtype=_mask_dtype(q)).triu(offset + 1)
 
 
+def _additive(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a boolean mask into what is added to the logits; the operator takes no other, in fp32 for 16-bit inputs."""
+    if bias.dtype is torch.bool:
+        return torch.zeros(bias.shape, dtype=dtype).masked_fill_(~bias, -math.inf)
+    return bias.to(dtype)
+
+
 def _mask_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype is torch.float64 else torch.float32
 
@@ -270,7 +280,7 @@ def _mask(args: AttentionArgs, rows: slice, keys: slice, shift: int, sequence: i
     mask = torch.zeros((1, 1, 1, 1), dtype=dtype)
     if (bias := args.attn_bias) is not None:
         part: Any = bias[:, :, rows if bias.shape[2] > 1 else slice(None), keys if bias.shape[3] > 1 else slice(None)]
-        mask = torch.where(part, 0.0, -math.inf).to(dtype) if part.dtype is torch.bool else part.to(dtype)
+        mask = _additive(part, dtype)
     left, right = window(args)
     if left >= 0 or right >= 0 or args.alibi_slopes is not None:
         i = torch.arange(rows.start, rows.stop).view(-1, 1)

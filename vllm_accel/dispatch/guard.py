@@ -46,7 +46,7 @@ def _torch_guard(*tensors: Tensor) -> TensorGuard:
 
 
 class Kin(NamedTuple):
-    """What a plan knows of tensors at other lengths: a check for them, and the strides that its own guard was made of."""
+    """What a plan knows of tensors at other lengths: a check for them, and the strides its own guard was made of."""
 
     check: TensorGuard
     strides: list[list[int | None]]
