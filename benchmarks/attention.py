@@ -192,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _write(given.json, facts, dtype, reports)
     if warning := machine.busy(before, torch.get_num_threads()):
         print(f"warning: {warning}")
-    return 1 if any(r.error for report in reports for r in (report, *report.results)) else 0
+    failed = any(report.error or any(r.error for r in report.results) for report in reports)
+    return 1 if failed else 0
 
 
 def _write(path: Path, facts: dict[str, Any], dtype: torch.dtype, reports: list[Report]) -> None:

@@ -35,7 +35,8 @@ def _timed(benchmark: Any, shape: shapes.Shape, name: str) -> None:
 
     finished()
     benchmark(finished)
-    benchmark.extra_info["tflops"] = shape.flops() / benchmark.stats["median"] * 1e-12
+    if benchmark.stats is not None:  # None with --benchmark-disable
+        benchmark.extra_info["tflops"] = shape.flops() / benchmark.stats["median"] * 1e-12
 
 
 @pytest.mark.parametrize("name", _able(PREFILL))

@@ -8,6 +8,7 @@ counts is the median over rounds, and for a difference the median of the differe
 from __future__ import annotations
 
 import contextlib
+import random
 import statistics
 import time
 import timeit
@@ -59,11 +60,11 @@ def run(contest: Contest, rounds: int, device: torch.device) -> dict[str, list[f
     with torch.enable_grad() if contest.grad else torch.no_grad():
         slices = {name: _Slice(c, contest, device) for name, c in contest.contestants.items()}
         taken: dict[str, list[float]] = {name: [] for name in slices}
-        order = list(slices)
-        for index in range(rounds):
-            for name in order if index % 2 else reversed(order):
+        order, shuffle = list(slices), random.Random(0).shuffle
+        for _ in range(rounds):
+            shuffle(order)
+            for name in order:
                 taken[name].append(slices[name].microseconds())
-            order = order[1:] + order[:1]
     return taken
 
 

@@ -6,6 +6,7 @@ holds. Tensors rotate, so that no contestant works on data that is warmer than t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,7 @@ def _add_transformers(names: dict[str, Any], contestants: dict[str, Contestant])
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
     except Exception:  # not installed, or broken on this machine: the row is left out
         return
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     module.is_causal = True
     names |= {"hf": sdpa_attention_forward, "module": module}
     names["heads_first"] = [tuple(t.transpose(1, 2) for t in triple) for triple in names["rotation"]]
@@ -147,7 +148,7 @@ def with_options(device: torch.device) -> Contest:
     ):
         scope = {**names, **dict(zip("qkv", names[over][0], strict=True))}
         with torch.no_grad():
-            plan = plan_of(lambda call=call, scope=scope: eval(call, scope))
+            plan = plan_of(functools.partial(eval, call, scope))
         args: AttentionArgs = plan.args._replace(**given)
         names |= {f"forward_{name}": plan.forward, f"args_{name}": args}
         contestants[f"direct {name}"] = Contestant(f"forward_{name}(q, k, v, args_{name})", over=over)
@@ -199,13 +200,14 @@ class ByHand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: Any, args: AttentionArgs) -> Tensor:
         """Run the kernel and keep what its backward needs."""
+        out: Tensor
         out, lse, _ = kernel.forward(q, k, v, args)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.kernel, ctx.args = kernel, args
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Run the kernel's backward."""
         q, k, v, out, lse = ctx.saved_tensors
         grads = ctx.kernel.backward(q, k, v, ctx.args, out, lse, None, dout, None)
@@ -236,7 +238,7 @@ def compiled(device: torch.device, compiler: str) -> Contest:
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return attention(q, k, v, causal=True)
 
-    names = {"rotation": rotation}
+    names: dict[str, Any] = {"rotation": rotation}
     names["ours"] = torch.compile(ours, fullgraph=True, backend=compiler)
     names["theirs"] = torch.compile(by_hand, fullgraph=True, backend=compiler)
     contestants = {"attention": Contestant("ours(q, k, v)"), "sdpa by hand": Contestant("theirs(q, k, v)")}

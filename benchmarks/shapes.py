@@ -111,7 +111,7 @@ def _ragged(*lengths: int) -> tuple[tuple[int, int], ...]:
     return tuple((n, n) for n in lengths)
 
 
-_SMALL = {"heads": 8, "kv_heads": 2, "head_dim": 64}
+_SMALL: dict[str, Any] = {"heads": 8, "kv_heads": 2, "head_dim": 64}
 
 CPU_SHAPES: tuple[Shape, ...] = (
     _square("prefill_512_causal", "prefill", 512, **_SMALL),
@@ -123,7 +123,7 @@ CPU_SHAPES: tuple[Shape, ...] = (
     _square("train_1k_causal", "train", 1024, heads=4, kv_heads=4, head_dim=64),
 )
 
-_D64 = {"heads": 32, "kv_heads": 8, "head_dim": 64}
+_D64: dict[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 64}
 
 GPU_SHAPES: tuple[Shape, ...] = (
     _square("prefill_1k_causal", "prefill", 1024, batch=8),

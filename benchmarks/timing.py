@@ -65,7 +65,7 @@ class CudaClock:
             call()
             end.record()
         torch.cuda.synchronize(self._device)
-        return statistics.median(start.elapsed_time(end) for start, end in events) * 1e-3
+        return float(statistics.median(start.elapsed_time(end) for start, end in events)) * 1e-3
 
     def peak(self, call: Call) -> int | None:
         """Run a call and return the bytes of the caching allocator that it took at most, its result included."""

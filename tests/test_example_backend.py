@@ -83,8 +83,8 @@ for case in CASES:
         forced = None
     except UnsupportedCallError as refusal:
         forced = [reason.text for reason in refusal.reasons["dense"]]
-    shown = [r.text for r in explain(call, inputs.q, inputs.k, inputs.v, backend="dense", **inputs.options)["dense"].reasons]
-    cases[case.name] = [outcome.ran, [reason.text for reason in outcome.reasons], forced, shown]
+    shown = explain(call, inputs.q, inputs.k, inputs.v, backend="dense", **inputs.options)["dense"].reasons
+    cases[case.name] = [outcome.ran, [r.text for r in outcome.reasons], forced, [r.text for r in shown]]
 
 class Local(vllm_accel_dense.DenseBackend):
     name = "local"
@@ -129,8 +129,10 @@ def test_it_runs_by_name(seen: dict[str, Any]) -> None:
 
 def test_every_conformance_case_is_right_or_refused_for_the_reason_that_explain_gives(seen: dict[str, Any]) -> None:
     for name, (ran, reasons, forced, shown) in seen["cases"].items():
-        assert ran == (not reasons), name
-        assert (forced or []) == reasons == shown, name
+        assert ran == (not reasons) == (forced is None), name
+        # The kit asks without gradients first, so a refusal there has no reasons about them.
+        assert set(reasons) <= set(forced or []), name
+        assert (forced or []) == shown, name
     ran = {name for name, case in seen["cases"].items() if case[0]}
     assert {"causal_longer", "window_empty_rows", "softcap", "gqa", "mask_full", "value_dim_larger"} <= ran
     assert not {"varlen", "alibi", "sinks", "descale"} & ran

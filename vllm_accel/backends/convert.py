@@ -110,6 +110,14 @@ def with_dlse_column(
     return v, padded_out, padded_dout
 
 
+def zero_past_end(tensor: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return packed rows with zeros past the last sequence, for kernels that multiply what lies there by 0."""
+    if cu_seqlens is None:
+        return tensor
+    inside = torch.arange(tensor.shape[0], device=tensor.device) < cu_seqlens[-1]
+    return torch.where(inside.view(-1, *(1,) * (tensor.dim() - 1)), tensor, 0.0)
+
+
 def clear_past_end(tensor: Tensor, cu_seqlens: Tensor | None, fill: float = 0.0, dim: int = 0) -> Tensor:
     """Overwrite rows past the last packed sequence, which kernels leave unwritten; on the device, without a sync."""
     if cu_seqlens is None:

@@ -17,7 +17,9 @@ from vllm_accel.backends.convert import (
     clear_past_end,
     minus_inf_to_empty_rows,
     pad_heads,
+    round_up,
     sinks_grad,
+    zero_past_end,
 )
 from vllm_accel.backends.library import Found, Function, Library, installed_version, look_up, require
 from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads
@@ -108,6 +110,7 @@ class FlashAttn4Kernel:
         head_dim_v = v.shape[-1]
         size, size_v = _kernel_dims(q.shape[-1], head_dim_v, blackwell=self._blackwell)
         # The sink goes in with the scores: folded into a finished out, it would be rounded twice.
+        v = zero_past_end(v, args.cu_seqlens_k)  # whole tiles are loaded, and a NaN times a probability of 0 stays
         out, lse, *_ = self._call["_flash_attn_fwd"](
             q=pad_heads(q, size), k=pad_heads(k, size), v=pad_heads(v, size_v), learnable_sink=args.sinks,
             return_lse=args.need_lse, **_options(args),
@@ -137,6 +140,11 @@ class FlashAttn4Kernel:
         head_dim, head_dim_v = q.shape[-1], v.shape[-1]
         grouped = q.shape[-2] != k.shape[-2]
         size, size_v = _kernel_dims(head_dim, head_dim_v, blackwell=self._blackwell, grouped_backward=grouped)
+        if args.cu_seqlens_q is not None:
+            # Packed, a head size of 48 left dq of the later rows at 0 (4.0.0b36, H200, 2026-11-23); 64 and 128 do not.
+            size, size_v = round_up(size, 64), round_up(size_v, 64)
+            q, dout = zero_past_end(q, args.cu_seqlens_q), zero_past_end(dout, args.cu_seqlens_q)
+            k, v = zero_past_end(k, args.cu_seqlens_k), zero_past_end(v, args.cu_seqlens_k)
         q, k = pad_heads(q, size), pad_heads(k, size)
         v, out, dout = (pad_heads(t, size_v) for t in (v, out, dout))
         # Zeros where packed: rows past the last sequence are left unwritten.
