@@ -91,10 +91,10 @@ def sections(device: torch.device, rounds: int, quick: bool) -> list[Section]:
         section("real kernel, gradients", gradient, rounds, c.gradients),
         section(f"real kernel, torch.compile ({compiler})", [Row("compiled", "attention", "sdpa by hand")], rounds,
                 c.compiled, compiler),
-        section("real kernel, miss", miss, few, c.bucket_hit, lengths),
+        section("real kernel, miss", miss, rounds, c.bucket_hit, lengths),
         section(f"real kernel, decode, {c.LAYERS} layers, {steps} steps", decode, few, c.decode_loop, steps),
         section("a kernel that does nothing", nothing, rounds, c.trivial_hits),
-        section("miss, a kernel that does nothing", copy(miss), few, c.bucket_hit, lengths),
+        section("miss, a kernel that does nothing", copy(miss), rounds, c.bucket_hit, lengths),
         section(f"decode, {c.LAYERS} layers, {steps} steps, a kernel that does nothing", copy(decode), few,
                 c.decode_loop, steps),
     ]  # fmt: skip

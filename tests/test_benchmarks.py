@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,14 @@ def test_contestants_take_turns_and_differences_are_of_one_round() -> None:
     assert (result.ours, result.base, result.over, result.over_min) == (5.0, 4.0, 1.0, 0.5)
     assert result.ratio == 1.25 and not result.base_disturbed
     assert contest.compare([9.0, 9.0], [1.0, 3.0]).base_disturbed
+    assert not contest.compare([90.0, 90.0], [1.0, 3.0]).base_disturbed  # no matter beside 90
+
+
+def test_a_coarse_clock_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert contest.is_fine(time.perf_counter)
+    monkeypatch.setattr(time, "thread_time", lambda: int(time.perf_counter() * 100) / 100)
+    with contest.threads(1):
+        assert contest.clock() is time.perf_counter
 
 
 @pytest.fixture(scope="module")
