@@ -26,17 +26,7 @@ SLOW = tuple(case.name for case in CASES if case.name not in QUICK)
 
 
 def _measure(names: tuple[str, ...], path: Path) -> dict[str, list[dict[str, Any]]]:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.memory",
-        "--cases",
-        ",".join(names),
-        "--json",
-        str(path),
-        "--jobs",
-        "2",
-    ]
+    command = [sys.executable, "-m", "benchmarks.memory", "--jobs", "2", "--json", str(path), "--cases"]
     done = subprocess.run([*command, ",".join(names)], cwd=ROOT, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, list[dict[str, Any]]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,38 +83,22 @@ class Attention(nn.Module):
         q = self._split(query, self.num_heads, packed, "query")
         k = self._split(key, self.num_kv_heads, packed, "key")
         v = self._split(value, self.num_kv_heads, packed, "value")
-        if packed:
-            if cu_seqlens is None or max_seqlen is None:
-                raise ValueError("packed sequences need max_seqlen, a Python int, beside cu_seqlens")
-            out = attention_varlen(
-                q,
-                k,
-                v,
-                cu_seqlens_q=cu_seqlens,
-                cu_seqlens_k=cu_seqlens,
-                max_seqlen_q=max_seqlen,
-                max_seqlen_k=max_seqlen,
-                causal=self.causal,
-                window_size=self.window_size,
-                softmax_scale=self.scale,
-                softcap=self.softcap,
-                alibi_slopes=self.alibi_slopes,
-                sinks=self.sinks,
-                backend=self.backend,
-            )
+        options: dict[str, Any] = {
+            "causal": self.causal,
+            "window_size": self.window_size,
+            "softmax_scale": self.scale,
+            "softcap": self.softcap,
+            "alibi_slopes": self.alibi_slopes,
+            "sinks": self.sinks,
+            "backend": self.backend,
+        }
+        if cu_seqlens is None:
+            out = attention(q, k, v, **options)
+        elif max_seqlen is None:
+            raise ValueError("packed sequences need max_seqlen, a Python int, beside cu_seqlens")
         else:
-            out = attention(
-                q,
-                k,
-                v,
-                causal=self.causal,
-                window_size=self.window_size,
-                softmax_scale=self.scale,
-                softcap=self.softcap,
-                alibi_slopes=self.alibi_slopes,
-                sinks=self.sinks,
-                backend=self.backend,
-            )
+            options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+            out = attention_varlen(q, k, v, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, **options)
         assert isinstance(out, Tensor)
         return out.flatten(-2) if query.dim() == (2 if packed else 3) else out
 
