@@ -26,7 +26,8 @@ class Row:
 
     Attributes:
         name: what is measured. ours, base: contestants. bound: limit of `over` (or of `ratio`) in ``--check``.
-        shows: whether the difference in microseconds or the ratio counts. result, error: filled in by the run.
+        shows: whether the difference in microseconds or the ratio counts. goal: the bound is a wish, not a must.
+        result, error: filled in by the run.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Row:
     base: str
     bound: float | None = None
     shows: Literal["over", "ratio"] = "over"
+    goal: bool = False
     result: Comparison | None = None
     error: str = ""
 
@@ -64,7 +66,7 @@ def sections(device: torch.device, rounds: int, quick: bool) -> list[Section]:
     kinds = ("by name", "two shapes in turn", "return_lse", "sinks", "attn_bias", "varlen")
     hits = [
         Row("exact hit", "attention", "direct", 1.5),
-        Row("exact hit, beside sdpa by hand", "attention", "sdpa by hand", 1.0),
+        Row("exact hit, beside sdpa by hand", "attention", "sdpa by hand", 1.0, goal=True),
         Row("transformers' sdpa_attention_forward", "transformers", "sdpa by hand"),
         Row("diffusers' dispatch_attention_fn", "diffusers", "sdpa by hand"),
     ]
@@ -155,6 +157,7 @@ def _cells(row: Row) -> list[str]:
     bound = ""
     if row.bound is not None:
         text = f"{row.bound:g}{'x' if row.shows == 'ratio' else ''}"
+        text = f"{text} (goal)" if row.goal else text
         bound = f"[green]{text}" if row.passed else f"[red]{text} MISSED"
     numbers = [f"{n:.2f}" for n in (r.ours, r.base, r.over, r.over_min, r.spread)]
     return [name, *numbers, f"{r.ratio:.2f}x", bound]
@@ -205,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(measured, facts, warnings)
     if given.json:
         given.json.write_text(json.dumps(as_data(measured, facts, warnings), indent=1) + "\n")
-    missed = [row for section in measured for row in section.rows if not row.passed]
+    missed = [row for section in measured for row in section.rows if not row.passed and not row.goal]
     return 1 if given.check and missed else 0
 
 

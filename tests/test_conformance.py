@@ -56,6 +56,21 @@ def test_automatic_choice(case: Case) -> None:
     check_call(_call(None), case, dtype=torch.bfloat16, seed=3)
 
 
+DECODE = {"seqlen_q": 1, "num_heads": 6, "num_kv_heads": 2, "lse_grad": True}
+DECODE_CASES = (
+    Case("decode_keys", "a padding mask, one query, grouped heads", bias="keys", bool_bias=True, **DECODE),
+    Case("decode_full", "a bias that differs by head", bias="full", **DECODE),
+    Case("decode_none", "", options={"causal": True}, layout="heads_first", **DECODE),
+    Case("decode_value_dim", "", head_dim_v=32, **DECODE),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", DECODE_CASES, ids=lambda case: case.name)
+def test_one_query_with_grouped_heads(case: Case, dtype: str) -> None:
+    check_call(_call("sdpa_cpu"), case, dtype=DTYPES[dtype])
+
+
 def test_automatic_choice_takes_the_torch_kernel_where_it_can() -> None:
     q = torch.randn(1, 8, 2, 16)
     assert explain(attention, q, q, q).chosen == "sdpa_cpu"

