@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
-
 from vllm_accel.dispatch import plan
 from vllm_accel.dispatch.capability import Guard
 from vllm_accel.dispatch.device import Device
@@ -56,6 +53,10 @@ class KnownBad:
             return False
         if not self.versions or version is None:
             return True
+        # Here because it costs a fifth of `import vllm_accel`, and most processes never ask.
+        from packaging.specifiers import SpecifierSet
+        from packaging.version import InvalidVersion, Version
+
         try:
             return Version(version) in SpecifierSet(self.versions, prereleases=True)
         except InvalidVersion:
