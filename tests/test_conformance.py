@@ -63,11 +63,19 @@ DECODE_CASES = (
     Case("decode_none", "", options={"causal": True}, layout="heads_first", **DECODE),
     Case("decode_value_dim", "", head_dim_v=32, **DECODE),
 )
+KEY_MASK = {"bias": "keys", "bool_bias": True, "options": {"causal": True}, "num_kv_heads": 2, "lse_grad": True}
+KEY_MASK_CASES = (
+    Case("keys_causal", "one mask over keys and the causal one", **KEY_MASK),
+    Case("keys_causal_shorter", "", seqlen_q=17, **KEY_MASK),
+    Case("keys_causal_longer", "", seqlen_k=17, **KEY_MASK),
+    Case("keys_value_dim", "", bias="keys", head_dim_v=32, lse_grad=True),
+    Case("keys_window", "", bias="keys", options={"causal": True, "window_size": (9, -1)}),
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", DECODE_CASES, ids=lambda case: case.name)
-def test_one_query_with_grouped_heads(case: Case, dtype: str) -> None:
+@pytest.mark.parametrize("case", DECODE_CASES + KEY_MASK_CASES, ids=lambda case: case.name)
+def test_sdpa_cpu_short_ways(case: Case, dtype: str) -> None:
     check_call(_call("sdpa_cpu"), case, dtype=DTYPES[dtype])
 
 

@@ -116,7 +116,7 @@ class SdpaCpuKernel:
         dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
         wide = torch.float64 if q.dtype is torch.float64 else torch.float32
         dk, dv = (torch.zeros(t.shape, dtype=wide) for t in (k, v))
-        for piece in _pieces(q, k, v, args):
+        for piece in _pieces(q, k, v, args, backward=True):
             grads = _backward(
                 piece.rows(dout).transpose(1, 2), piece.q, piece.k, piece.v, piece.rows(out).transpose(1, 2),
                 piece.lse_rows(lse), 0.0, piece.causal, attn_mask=piece.mask, scale=args.softmax_scale,
@@ -222,7 +222,7 @@ class _Piece:
         return lse.masked_fill((self.mask == -math.inf).all(-1), -math.inf)
 
 
-def _pieces(q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Iterator[_Piece]:
+def _pieces(q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, *, backward: bool = False) -> Iterator[_Piece]:
     """Cut a call into operator calls. Rows that see no key at all are left out: their results are already there."""
     packed = args.cu_seqlens_q is not None
     for b, (rows, keys) in enumerate(_sequences(q, k, args)):
@@ -231,6 +231,11 @@ def _pieces(q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Iterator[_P
             yield from _causal_pieces(q, k, v, rows, keys, packed, args.causal)
             continue
         shift = (keys.stop - keys.start) - (rows.stop - rows.start)
+        if _one_mask(args) and (not args.causal or (backward and not shift)):
+            # The operator takes a mask over keys and its own causal one together; only lse needs to know empty rows.
+            mask = _mask(args._replace(causal=False), slice(0, 1), slice(0, keys.stop), shift, sequence, q)
+            yield _Piece(q, k, v, rows, keys, packed, mask, args.causal)
+            continue
         left, right = window(args)
         per_row = (1 if args.alibi_slopes is None else q.shape[-2]) * max(1, keys.stop - keys.start)
         if args.attn_bias is not None:
@@ -255,6 +260,14 @@ def _sequences(q: Tensor, k: Tensor, args: AttentionArgs) -> Iterator[tuple[slic
     ends_q, ends_k = args.cu_seqlens_q.tolist(), args.cu_seqlens_k.tolist()
     for b in range(len(ends_q) - 1):
         yield slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
+
+
+def _one_mask(args: AttentionArgs) -> bool:
+    """Tell whether attn_bias is all that hides keys beside causality, and the same for every query."""
+    left, right = args.window_size
+    bias = args.attn_bias
+    plain = args.alibi_slopes is None and left < 0 and (right < 0 or args.causal)
+    return plain and bias is not None and bias.shape[2] == 1
 
 
 def _needs_mask(args: AttentionArgs) -> bool:

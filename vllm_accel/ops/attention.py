@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 from vllm_accel.dispatch import override
 from vllm_accel.dispatch.backend import AttentionArgs
 from vllm_accel.ops import compiled, transforms
-from vllm_accel.ops.arguments import NO_EXTRAS, NO_WINDOW, Extras, Options, needs_grad, present, with_four_dims
+from vllm_accel.ops.arguments import NO_WINDOW, Options
+from vllm_accel.ops.extras import NO_EXTRAS, Extras, needs_grad, present, with_four_dims
 from vllm_accel.ops.run import PLANS, Result, execute, make_plan, may_fall_back, other_lengths
 
 # Bound once: each of these is looked up on every call, and the whole hot path has about a microsecond.

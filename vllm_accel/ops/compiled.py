@@ -18,7 +18,8 @@ from vllm_accel.dispatch import override
 from vllm_accel.dispatch.backend import AttentionArgs
 from vllm_accel.dispatch.plan import Plan
 from vllm_accel.dispatch.spec import Feature
-from vllm_accel.ops.arguments import Extras, Options, check_lengths, needs_grad, present, with_four_dims
+from vllm_accel.ops.arguments import Options
+from vllm_accel.ops.extras import Extras, check_lengths, needs_grad, present, with_four_dims
 from vllm_accel.ops.run import PLANS, make_plan, may_fall_back
 
 _TENSORS = "Tensor q, Tensor k, Tensor v"

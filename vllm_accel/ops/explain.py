@@ -16,7 +16,8 @@ from vllm_accel.dispatch.selector import Question, assumes_available, select
 from vllm_accel.ops import attention as attention_ops
 from vllm_accel.ops import gemm as gemm_ops
 from vllm_accel.ops import run
-from vllm_accel.ops.arguments import Extras, Options, describe, needs_grad, with_four_dims
+from vllm_accel.ops.arguments import Options, describe
+from vllm_accel.ops.extras import Extras, needs_grad, with_four_dims
 
 _Described = tuple[Any, Any, tuple[str, ...] | None, str]
 

@@ -20,20 +20,10 @@ from vllm_accel.dispatch.selector import refusals
 from vllm_accel.dispatch.settings import ATTENTION, settings
 from vllm_accel.dispatch.spec import Feature
 from vllm_accel.ops import selftest
-from vllm_accel.ops.arguments import (
-    LENGTHS,
-    NO_EXTRAS,
-    AttentionSizes,
-    Extras,
-    Options,
-    check_lengths,
-    describe,
-    length_kind,
-    present,
-    spec_of,
-)
+from vllm_accel.ops.arguments import LENGTHS, AttentionSizes, Options, describe, length_kind, spec_of
 from vllm_accel.ops.autograd import AttentionFunction
 from vllm_accel.ops.empty import EMPTY
+from vllm_accel.ops.extras import NO_EXTRAS, Extras, check_lengths, present
 
 FAMILY = OpFamily(
     name="attention",

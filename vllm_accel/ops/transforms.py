@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vllm_accel.ops.arguments import Extras
+from vllm_accel.ops.extras import Extras
 
 _PLAIN = (Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", Tensor))  # Buffer came with torch 2.5
 

@@ -16,7 +16,8 @@ from vllm_accel.dispatch.guard import tensor_guard
 from vllm_accel.dispatch.plan import Plan
 from vllm_accel.errors import Reason, UnsupportedCallError
 from vllm_accel.ops import run
-from vllm_accel.ops.arguments import Extras, Options, describe, needs_grad, with_four_dims
+from vllm_accel.ops.arguments import Options, describe
+from vllm_accel.ops.extras import Extras, needs_grad, with_four_dims
 from vllm_accel.testing.cases import Case, Inputs
 from vllm_accel.testing.oracle import (
     attention_oracle,
