@@ -97,8 +97,8 @@ PACKAGES: dict[str, Package] = {
         ("attention:xformers", "attention:mslk"),
         (
             "xformers 0.0.35 needs torch 2.10 or newer: with an older torch pip replaces your torch.",
-            "Its wheel is built for CUDA 12.8 and carries sm_75, sm_80 with PTX, and sm_90a. With a CUDA 13 torch it does "
-            "not load and refuses every call; with nvidia-cuda-runtime-cu12 on LD_LIBRARY_PATH it ran (torch "
+            "Its wheel is built for CUDA 12.8 and carries sm_75, sm_80 with PTX, and sm_90a. With a CUDA 13 torch it "
+            "does not load and refuses every call; with nvidia-cuda-runtime-cu12 on LD_LIBRARY_PATH it ran (torch "
             "2.11.0+cu130 on an H200, 2026-11-23).",
         ),
     ),
