@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 from dataclasses import dataclass
 
 import torch
@@ -114,11 +116,14 @@ def _version(text: str | None) -> tuple[int, int] | None:
 
 
 def _driver_version() -> tuple[int, int] | None:
-    query = getattr(torch._C, "_cuda_getDriverVersion", None)
-    if query is None:
+    """Ask the driver itself which CUDA it takes; torch binds no call for it."""
+    version = ctypes.c_int(0)
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        library.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
         return None
-    raw = int(query())
-    return (raw // 1000, raw % 1000 // 10) if raw else None
+    return (version.value // 1000, version.value % 1000 // 10) if version.value else None
 
 
 @functools.lru_cache(maxsize=64)
