@@ -107,7 +107,7 @@ def require(backend: str, found: Found | Reason) -> Found:
 
 
 def forget() -> None:
-    """Drop what was found, so that the next question imports again. For tests and for `vllm_accel.reload_settings`."""
+    """Drop what was found, so that the next question imports again. For tests, and after an install."""
     look_up.cache_clear()
 
 

@@ -50,18 +50,6 @@ class AttentionGrads(NamedTuple):
     dsinks: Tensor | None = None
 
 
-class ForwardResult(NamedTuple):
-    """What an attention kernel returns, in the library's conventions (SPEC: natural log, -inf for empty rows).
-
-    out: q's shape with Dv, contiguous. lse: fp32 (B, H, Sq) or (H, Tq), may be None unless `need_lse`.
-    rng: int64 (2,) that reproduces the dropout mask, on q's device or the host; None without dropout.
-    """
-
-    out: Tensor
-    lse: Tensor | None
-    rng: Tensor | None = None
-
-
 class AttentionKernel(Protocol):
     """A bound attention implementation. Stateless between calls, safe from several threads.
 
@@ -71,7 +59,12 @@ class AttentionKernel(Protocol):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return `ForwardResult` (or a plain tuple of the same three)."""
+        """Return out, lse and rng, in the library's conventions.
+
+        out: q's shape with Dv, contiguous. lse: fp32 (B, H, Sq) or (H, Tq), natural logarithm, -inf for a row without
+        keys; may be None unless `need_lse`. rng: int64 (2,) that reproduces the dropout mask, on q's device or the
+        host; None without dropout.
+        """
         ...
 
     def backward(

@@ -71,8 +71,7 @@ class Capability:
 
     def guard_reasons(self, spec: Any, sizes: Any) -> tuple[Reason, ...]:
         """Say which exact-size guards refuse this very call."""
-        found = ((guard.name, guard.check(spec, sizes)) for guard in self.guards)
-        return tuple(Reason(name, text) for name, text in found if text)
+        return refusals(self.guards, spec, sizes)
 
     def _device_reasons(self, device: Device) -> Iterator[Reason]:
         if self.platforms and device.platform not in self.platforms:
@@ -108,6 +107,14 @@ class Capability:
         for rule in self.rules:
             if text := rule.check(spec, device):
                 yield Reason(rule.name, text)
+
+
+def refusals(guards: tuple[Guard, ...], spec: Any, sizes: Any) -> tuple[Reason, ...]:
+    """Return what the guards say against exact sizes; nothing if the sizes are not known."""
+    if sizes is None:
+        return ()
+    found = ((guard.name, guard.check(spec, sizes)) for guard in guards)
+    return tuple(Reason(name, text) for name, text in found if text)
 
 
 #: How a refusal names a feature to people.

@@ -12,10 +12,10 @@ import torch
 from vllm_accel.dispatch import device as devices
 from vllm_accel.dispatch import plan, quarantine
 from vllm_accel.dispatch.backend import Backend
-from vllm_accel.dispatch.capability import Guard
+from vllm_accel.dispatch.capability import Guard, refusals
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.selection import State
-from vllm_accel.dispatch.selector import Question, refusals, select, walk
+from vllm_accel.dispatch.selector import Question, select, walk
 from vllm_accel.errors import BackendUnavailableError, UnsupportedCallError
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from vllm_accel.dispatch import preference, quarantine, registry, warm
 from vllm_accel.dispatch.backend import Backend
-from vllm_accel.dispatch.capability import Capability, Guard
+from vllm_accel.dispatch.capability import Capability, Guard, refusals
 from vllm_accel.dispatch.device import Device, is_local
 from vllm_accel.dispatch.selection import Candidate, Selection, State
 from vllm_accel.dispatch.settings import TRITON, Settings, changed_since_read, settings
@@ -170,14 +170,6 @@ def select(question: Question, sizes: Any = None) -> Selection:
         settings=_settings_text(),
         assumed=question.assume_available,
     )
-
-
-def refusals(guards: tuple[Guard, ...], spec: Any, sizes: Any) -> tuple[Reason, ...]:
-    """Return what the guards say against exact sizes; nothing if the sizes are not known."""
-    if sizes is None:
-        return ()
-    found = ((guard.name, guard.check(spec, sizes)) for guard in guards)
-    return tuple(Reason(name, text) for name, text in found if text)
 
 
 def _decided_by(question: Question, chosen: str | None) -> str:

@@ -108,9 +108,6 @@ class GemmSpec:
         return f"gemm {str(self.dtype).removeprefix('torch.')}, M ~{self.m}, N ~{self.n}, K ~{self.k}{tail}"
 
 
-Spec = AttentionSpec | GemmSpec
-
-
 def feature_names(features: Feature) -> list[str]:
     """Name the flags in lower case, in declaration order."""
     return [flag.name.lower() for flag in Feature if flag in features and flag.name]

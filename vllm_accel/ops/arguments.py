@@ -130,7 +130,9 @@ def spec_of(kind: tuple[Any, ...]) -> AttentionSpec:
 
 # Relations travel as numbers: the hash of an enum member is a Python call.
 _RELATIONS = tuple(Relation)
-_EQUAL, _SHORTER, _LONGER, _MIXED = range(4)
+_EQUAL, _SHORTER, _LONGER, _MIXED = (
+    _RELATIONS.index(r) for r in (Relation.EQUAL, Relation.SHORTER, Relation.LONGER, Relation.MIXED)
+)
 _new = tuple.__new__
 
 

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from vllm_accel.dispatch import override, quarantine, registry
 from vllm_accel.dispatch.backend import AttentionArgs
-from vllm_accel.dispatch.capability import Guard
+from vllm_accel.dispatch.capability import Guard, refusals
 from vllm_accel.dispatch.choose import OpFamily, choose
 from vllm_accel.dispatch.device import detect
 from vllm_accel.dispatch.guard import TensorGuard, kin_of, tensor_guard
 from vllm_accel.dispatch.plan import Plan, PlanCache
-from vllm_accel.dispatch.selector import refusals
 from vllm_accel.dispatch.settings import ATTENTION, settings
 from vllm_accel.dispatch.spec import Feature
 from vllm_accel.ops import selftest
