@@ -1,0 +1,1 @@
+"""Attention in Gluon, Triton's lower-level language, for Hopper."""

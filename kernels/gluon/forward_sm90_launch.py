@@ -1,0 +1,210 @@
+"""Launch `forward_sm90`: which variant for which head size, TMA descriptors, and a short way to launch again."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from vllm_accel.kernels.gluon.forward_sm90 import attention_forward
+from vllm_accel.kernels.triton.launch import Launch, run
+
+ROWS = 64  # query rows of one consumer warpgroup
+#: Of an H200's 50 MB of L2: what the K and V of the heads in flight may take, so that rereads hit it. FlashAttention 3
+#: takes the same share (hopper/tile_scheduler.hpp). Not timed.
+L2_SHARE = 32 * 2**20
+HEAD_DIMS = (64, 128, 256)
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+#: Releases whose launcher was read (backends/nvidia/driver.py): it encodes descriptors by attributes, from any object.
+_DIRECT = triton.__version__.startswith("3.6.")
+
+
+class Variant(NamedTuple):
+    """A compiled form of the kernel. BM is 64 rows for each consumer.
+
+    Attributes:
+        bn: keys of a block. stages: slots of the K ring and of the V ring. q_slots: Q tiles held by a consumer.
+        overlap: softmax under the second product. pingpong: consumers take turns. persistent: as many blocks as
+            multiprocessors, each with many tiles. consumer_registers, producer_registers: per thread.
+    """
+
+    bn: int
+    stages: int = 2
+    q_slots: int = 1
+    overlap: bool = True
+    pingpong: bool = False
+    persistent: bool = False
+    consumers: int = 2
+    consumer_registers: int = 240
+    producer_registers: int = 24
+
+    def conservative(self) -> Variant:
+        """Return the variant with nothing asynchronous but the copies: if the others are wrong, is this one right?"""
+        return self._replace(overlap=False, pingpong=False, persistent=False, q_slots=1)
+
+
+#: By tile of the head size. D = 256 fits in 227 KiB with BN = 64 only, and 3 stages of D = 128 with one Q slot only.
+#: Compiled for sm_90 with Triton 3.6.0 and 3.7.1 (tests/test_gluon_compile.py), 2026-11-23; not timed.
+VARIANTS = {64: Variant(bn=128), 128: Variant(bn=128), 256: Variant(bn=64)}
+
+
+def tile_dim(head_dim: int, head_dim_v: int) -> int:
+    """Return the compiled head size that holds both; TMA reads zeros past a row's end, so any multiple of 8 will do.
+
+    Raises:
+        ValueError: larger than 256.
+    """
+    for size in HEAD_DIMS:
+        if max(head_dim, head_dim_v) <= size:
+            return size
+    raise ValueError(f"head sizes up to {HEAD_DIMS[-1]}; got {head_dim} and {head_dim_v}")
+
+
+def is_ready(tensor: Tensor) -> bool:
+    """Tell whether TMA can read a (..., S, heads, D) tensor in place.
+
+    It wants an innermost stride of 1, other strides that are positive multiples of 16 bytes, an address likewise.
+    """
+    size = tensor.element_size()
+    strides = zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+    return (
+        tensor.stride(-1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(n == 1 or (s > 0 and s * size % 16 == 0) for s, n in strides)
+    )
+
+
+def descriptor(tensor: Tensor, rows: int, tile: int) -> TensorDescriptor:
+    """Describe (B, S, heads, D) or packed (T, heads, D) as (B, heads, S, D) in tiles of (1, 1, rows, tile)."""
+    if tensor.dim() == 3:
+        tensor = tensor.unsqueeze(0)
+    batch, tokens, heads, head_dim = tensor.shape
+    shape = (batch, heads, tokens, head_dim)
+    strides = (tensor.stride(0), tensor.stride(2), tensor.stride(1))
+    # The stride of a dimension of 1 is never used, but checked; any valid one does.
+    used = [s if n > 1 else tokens * heads * tile for s, n in zip(strides, shape, strict=False)]
+    block = [1, 1, rows, tile]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[tensor.dtype])
+    return TensorDescriptor(tensor, list(shape), [*used, 1], block, layout)
+
+
+def forward_launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    head_dim_v: int,
+    variant: Variant,
+    sm_count: int,
+) -> Launch:
+    """Describe the launch that fills out and lse.
+
+    Args:
+        q, k, v: as `is_ready` wants them; (B, S, heads, D) or packed (T, heads, D) with int32 cu_seqlens.
+        head_dim_v: the caller's, before padding to a multiple of 8.
+        out: contiguous, like q with head_dim_v. lse: contiguous fp32 (B, H, Sq) or (H, Tq).
+        sm_count: multiprocessors of the device.
+    """
+    *batch, tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[-2]
+    varlen = cu_seqlens_q is not None
+    sequences = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else batch[0]
+    tile = tile_dim(head_dim, head_dim_v)
+    group = num_heads // num_kv_heads
+    tiles_per_head = -(-max_seqlen_q // (variant.consumers * ROWS))
+    num_tiles = tiles_per_head * num_heads * sequences
+    bytes_per_head = max(1, max_seqlen_k) * 2 * tile * q.element_size()
+    heads_together = min(max(1, L2_SHARE // bytes_per_head) * group, num_heads * sequences)
+    grid = min(num_tiles, sm_count) if variant.persistent else num_tiles
+    return Launch(
+        fn=attention_forward,
+        grid=(grid, 1, 1),
+        args=(
+            descriptor(q, ROWS, tile), descriptor(k, variant.bn, tile), descriptor(v, variant.bn, tile), out, lse,
+            cu_seqlens_q, cu_seqlens_k, softmax_scale, tokens, k.shape[-3], sequences, num_heads, group,
+            heads_together, tiles_per_head, num_tiles,
+        ),
+        constexprs={
+            "CONSUMERS": variant.consumers, "BN": variant.bn, "D": tile, "HEAD_DIM": head_dim_v,
+            "STAGES": variant.stages, "Q_SLOTS": variant.q_slots, "CAUSAL": causal, "VARLEN": varlen,
+            "OVERLAP": variant.overlap, "PINGPONG": variant.pingpong, "PERSISTENT": variant.persistent,
+            "CONSUMER_REGISTERS": variant.consumer_registers, "PRODUCER_REGISTERS": variant.producer_registers,
+        },
+        num_warps=4,
+        num_stages=1,
+    )  # fmt: skip
+
+
+class _Encoded(NamedTuple):
+    """What the launcher reads of a descriptor; a `TensorDescriptor` checks itself for 3 us."""
+
+    base: Tensor
+    shape: list[int]
+    strides: list[int]
+    padding: str = "zero"
+
+
+#: Constexprs, dtype, device -> launcher, function, metadata. No integer of this kernel is specialised.
+_compiled: dict[Any, tuple[Any, Any, Any]] = {}
+
+
+class BoundForward:
+    """A launch whose sizes and strides stay; tensors of the same kind and the scale change from call to call.
+
+    Tensors must be on the current device; its current stream is used. q, k and v must be `is_ready`.
+    """
+
+    __slots__ = ("_constants", "_fixed", "_grid", "_index", "_key", "_launch", "_tails")
+
+    def __init__(self, launch: Launch) -> None:
+        descriptors = launch.args[:3]
+        device = descriptors[0].base.device
+        self._launch, self._grid, self._index = launch, launch.grid, device.index or 0
+        self._tails = [(d.shape, d.strides) for d in descriptors]
+        self._constants = tuple(launch.constexprs.values())
+        self._fixed = (*launch.args[8:], *self._constants)
+        self._key = (self._constants, descriptors[0].base.dtype, self._index)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+        softmax_scale: float,
+    ) -> None:  # fmt: skip
+        """Launch on these tensors."""
+        compiled = _compiled.get(self._key)
+        if compiled is None or _listening():
+            self._first(q, k, v, out, lse, cu_q, cu_k, softmax_scale)
+            return
+        (q_shape, q_strides), (k_shape, k_strides), (v_shape, v_strides) = self._tails
+        launcher, function, metadata = compiled
+        launcher(
+            *self._grid, triton.runtime.driver.active.get_current_stream(self._index), function, metadata, None, None,
+            None, _Encoded(q, q_shape, q_strides), _Encoded(k, k_shape, k_strides), _Encoded(v, v_shape, v_strides),
+            out, lse, cu_q, cu_k, softmax_scale, *self._fixed,
+        )  # fmt: skip
+
+    def _first(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
+        described = [
+            TensorDescriptor(t, d.shape, d.strides, d.block_shape, d.layout)
+            for t, d in zip((q, k, v), self._launch.args, strict=False)
+        ]
+        kernel = run(self._launch._replace(args=(*described, *rest, *self._launch.args[8:])))
+        if _DIRECT:
+            _compiled[self._key] = (kernel.run, kernel.function, kernel.packed_metadata)
+
+
+def _listening() -> bool:
+    """Tell whether somebody wants to hear of each launch (a profiler); chains of hooks are empty lists otherwise."""
+    hooks = (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)
+    return any(getattr(hook, "calls", hook) for hook in hooks)

@@ -1,0 +1,209 @@
+"""The adapter `gluon_hopper` and its launcher, with the kernel's source run on the CPU by `gluon_interpreter`."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from gluon_interpreter import Descriptor, Machine, Pointer
+from vllm_accel.backends import gluon_hopper, triton
+from vllm_accel.dispatch import registry
+from vllm_accel.dispatch.device import preset
+from vllm_accel.dispatch.spec import Feature
+from vllm_accel.kernels.gluon import forward_sm90_launch as launches
+from vllm_accel.testing import CASES, check_backend
+from vllm_accel.testing.conformance import kernel_call
+
+SOURCE = Path(__file__).parent.parent / "kernels/gluon/forward_sm90.py"
+BACKEND = gluon_hopper.BACKEND
+H200 = preset("h200")
+
+
+def interpret(launch):
+    """Do what the launch would do on a GPU, in fp32; out and lse start as NaN."""
+
+    def descriptor(d):
+        view = torch.as_strided(d.base, d.shape, d.strides, d.base.storage_offset())
+        return Descriptor(view.float().numpy(), tuple(d.block_shape))
+
+    q, k, v, out, lse, cu_q, cu_k, *numbers = launch.args
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
+    results = [np.full(t.numel(), np.nan, np.float32) for t in (out, lse)]
+    pointers = [None if t is None else Pointer(t.numpy()) for t in (cu_q, cu_k)]
+    args = (*(descriptor(d) for d in (q, k, v)), *(Pointer(r) for r in results), *pointers, *numbers)
+    Machine(SOURCE).launch("attention_forward", launch.grid[0], args, launch.constexprs)
+    for tensor, result in zip((out, lse), results, strict=True):
+        tensor.copy_(torch.from_numpy(result).view(tensor.shape))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Run launches on the CPU and collect them."""
+    seen = []
+
+    def run(launch):
+        seen.append(launch)
+        interpret(launch)
+
+    monkeypatch.setattr(launches, "run", run)
+    monkeypatch.setattr(launches, "_DIRECT", False)
+    return seen
+
+
+#: Cases of a kind that it runs; what it refuses has a name of one of these features.
+REFUSED = {
+    "window_left", "window_right", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "q_descale", "k_descale",
+    "v_descale",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_conformance(case, launched):
+    outcome = check_backend(
+        BACKEND, dataclasses.replace(case, grad=False), dtype=torch.bfloat16, device=H200, where="cpu"
+    )
+    if outcome.ran:
+        assert launched or "empty" in case.name or 0 in (case.batch, case.seqlen_q, case.seqlen_k), case.name
+    else:
+        assert {reason.code.removeprefix("feature:") for reason in outcome.reasons} & REFUSED or any(
+            reason.code == "head_dim" for reason in outcome.reasons
+        ), outcome.reasons
+
+
+def draw(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def test_layouts_that_tma_reads_are_read_in_place_and_others_copied(launched):
+    call = kernel_call(BACKEND, H200)
+    packed = draw(2, 40, 3, 4, 64)
+    q, k, v = packed.unbind(2)
+    call(q, k, v)
+    assert [d.base.data_ptr() for d in launched[-1].args[:3]] == [t.data_ptr() for t in (q, k, v)]
+
+    heads_first = draw(2, 4, 40, 64).transpose(1, 2)
+    call(heads_first, heads_first, heads_first)
+    assert all(d.base.data_ptr() == heads_first.data_ptr() for d in launched[-1].args[:3])
+    assert launched[-1].args[0].strides == [4 * 40 * 64, 40 * 64, 64, 1]
+
+    expanded = draw(2, 40, 1, 64).expand(2, 40, 4, 64)  # a stride of 0
+    shifted = draw(2, 40, 4, 65)[..., 1:]  # rows that start at odd addresses
+    for tensor in (expanded, shifted):
+        want = call(heads_first, tensor.contiguous(), tensor.contiguous())
+        assert torch.equal(call(heads_first, tensor, tensor), want)
+        assert launched[-1].args[1].base.data_ptr() != tensor.data_ptr()
+        assert launches.is_ready(launched[-1].args[1].base)
+
+
+def test_heads_that_fit_in_l2_go_together(launched):
+    q = torch.empty(4, 8192, 32, 128, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(4, 8192, 8, 128, dtype=torch.bfloat16, device="meta")
+    launch = launches.forward_launch(
+        q, k, k, q, torch.empty(4, 32, 8192, device="meta"), cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=8192,
+        max_seqlen_k=8192, softmax_scale=1.0, causal=True, head_dim_v=128, sm_count=132,
+        variant=launches.VARIANTS[128]._replace(persistent=True),
+    )  # fmt: skip
+    names = dict(zip(launch.fn.arg_names, launch.args, strict=False))
+    # 4 MiB of K and V for each of 8 key heads in 32 MiB, each read by 4 query heads.
+    assert names["heads_together"] == 32
+    assert names["num_tiles"] == 64 * 32 * 4
+    assert launch.grid == (132, 1, 1)
+
+
+def test_a_second_call_goes_straight_to_the_launcher(monkeypatch):
+    """As on Triton 3.6: same arguments in the same order as the ordinary way, under the current stream."""
+    ordinary, direct = [], []
+    kernel = SimpleNamespace(run=lambda *args: direct.append(args), function="function", packed_metadata="metadata")
+    monkeypatch.setattr(launches, "run", lambda launch: ordinary.append(launch) or kernel)
+    monkeypatch.setattr(launches, "_DIRECT", True)
+    monkeypatch.setattr(launches, "_compiled", {})
+    active = SimpleNamespace(get_current_stream=lambda index: 77)
+    monkeypatch.setattr(launches.triton.runtime, "driver", SimpleNamespace(active=active))
+
+    call = kernel_call(BACKEND, H200)
+    first, second = draw(1, 20, 2, 64), draw(3, 50, 2, 64)
+    for tensor in (first, second):
+        call(tensor, tensor, tensor, softmax_scale=0.25, causal=True)
+    assert len(ordinary) == len(direct) == 1, "other lengths are the same kernel"
+    names = ordinary[0].fn.arg_names
+    grid, stream, rest, args = direct[0][:3], direct[0][3], direct[0][4:9], direct[0][9:]
+    assert (grid, stream, rest) == ((6, 1, 1), 77, ("function", "metadata", None, None, None))
+    given = dict(zip(names, args, strict=True))
+    for name in ("q_desc", "k_desc", "v_desc"):
+        assert given[name].base.data_ptr() == second.data_ptr()
+        assert (given[name].shape, given[name].strides) == ([3, 2, 50, 64], [6400, 64, 128, 1])
+        assert given[name].padding == "zero"
+    assert given["out"].shape == (3, 50, 2, 64)
+    assert given["lse"].shape == (3, 2, 50)
+    assert (given["softmax_scale"], given["seqlen_q"], given["num_tiles"]) == (0.25, 50, 6)
+    assert {name: given[name] for name in ordinary[0].constexprs} == ordinary[0].constexprs
+    assert given["CAUSAL"] is True
+
+    call(first, first, first, softmax_scale=0.25)
+    assert len(ordinary) == 2, "without a mask it is another kernel"
+
+
+def test_backward_is_the_triton_kernels_of_the_same_call(launched, monkeypatch):
+    seen = {}
+
+    def backward(self, q, k, v, args, out, lse, rng, dout, dlse):
+        seen.update(spec=self._spec, out=out, lse=lse, dout=dout, dlse=dlse, rng=rng)
+        return triton.AttentionGrads(torch.ones_like(q), 2 * torch.ones_like(k), 3 * torch.ones_like(v))
+
+    monkeypatch.setattr(triton.TritonAttention, "backward", backward)
+    q, k, v = (draw(1, 20, 2, 64).requires_grad_() for _ in range(3))
+    out, lse = kernel_call(BACKEND, H200)(q, k, v, causal=True, return_lse=True)
+    (out.float().sum() + lse.sum()).backward()
+    assert [t.grad.unique().item() for t in (q, k, v)] == [1, 2, 3]
+    assert torch.equal(seen["lse"], lse)
+    assert torch.equal(seen["out"], out)
+    assert (seen["dlse"] == 1).all()
+    assert seen["rng"] is None
+    assert {Feature.CAUSAL, Feature.GRAD, Feature.LSE_GRAD} <= set(seen["spec"].features)
+
+
+def test_what_it_refuses():
+    refused = {
+        "h100": (), "a100": ("compute_capability",), "b200": ("compute_capability",), "mi300x": ("platform",),
+        "cpu": ("platform",),
+    }  # fmt: skip
+    call = {name: kernel_call(BACKEND, preset(name)) for name in refused}
+    q = draw(1, 8, 2, 64)
+    for name, codes in refused.items():
+        if codes:
+            with pytest.raises(gluon_hopper_error()) as error:
+                call[name](q, q, q)
+            assert [reason.code for reason in error.value.reasons["gluon_hopper"]] == list(codes)
+    with pytest.raises(gluon_hopper_error(), match="head sizes up to 256; this call has 264"):
+        call["h100"](draw(1, 8, 2, 264), draw(1, 8, 2, 264), q)
+    with pytest.raises(gluon_hopper_error(), match="takes bfloat16, float16, not float32"):
+        call["h100"](q.float(), q.float(), q.float())
+    many = torch.empty(2**16, 2**16, 1, 64, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(gluon_hopper_error(), match="32 bits; this call may have 4294967296 rows"):
+        call["h100"](many, many, many)
+
+
+def gluon_hopper_error():
+    from vllm_accel.errors import UnsupportedCallError
+
+    return UnsupportedCallError
+
+
+@pytest.mark.parametrize(("version", "known"), [("3.6.0", True), ("3.7.1", True), ("3.5.1", False), ("3.8.0", False)])
+def test_other_releases_of_triton_are_refused(monkeypatch, version, known):
+    from vllm_accel.kernels.triton import toolchain
+
+    monkeypatch.setattr(toolchain, "problems", lambda arch: ())
+    monkeypatch.setattr(toolchain, "triton_version", lambda: version)
+    reason = BACKEND.unavailable_reason()
+    assert (reason is None) is known
+    assert known or (reason.code == "version" and version in reason.text)
+
+
+def test_it_is_registered_and_needs_no_triton_to_be_declared():
+    assert registry.get("attention", "gluon_hopper") is BACKEND
+    assert "gluon_hopper" in registry.resolve("attention", "triton")

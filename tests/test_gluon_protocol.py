@@ -1,0 +1,149 @@
+"""The Gluon forward kernel's own source, run on the CPU with its partitions in random order (`gluon_interpreter`).
+
+Shows what a GPU cannot: that no order of events deadlocks or overwrites a tile in use, as far as random orders go, in
+every variant, for tiles of 0, 1, 2, 3 and more blocks; and that masks, tile arithmetic and packed rows are right.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gluon_interpreter import Descriptor, Machine, Pointer
+
+SOURCE = Path(__file__).parent.parent / "kernels/gluon/forward_sm90.py"
+BN, D = 16, 8  # a block of keys is a quarter of a consumer's rows, so that diagonals cross many blocks
+LENGTHS = [(40, 40), (1, 50), (0, 5), (30, 0), (140, 90), (20, 33), (9, 9)]
+
+VARIANTS = {
+    "plain": {"OVERLAP": False},
+    "overlap": {},
+    "ping-pong": {"PINGPONG": True},
+    "persistent": {"PERSISTENT": True, "Q_SLOTS": 2},
+    "persistent, plain": {"PERSISTENT": True, "OVERLAP": False},
+    "persistent, ping-pong": {"PERSISTENT": True, "PINGPONG": True},
+    "one stage": {"STAGES": 1},
+    "three stages": {"STAGES": 3, "PERSISTENT": True},
+    "three consumers": {"CONSUMERS": 3, "PERSISTENT": True},
+}
+
+
+def oracle(q, k, v, scale, causal):
+    """(heads, S, D) each -> out (Sq, heads, D), lse (heads, Sq), in float64."""
+    repeats = len(q) // len(k)
+    k, v = k.repeat(repeats, 0), v.repeat(repeats, 0)
+    scores = np.einsum("hid,hjd->hij", q.astype(np.float64), k) * scale
+    rows, columns = np.indices(scores.shape[1:])
+    if causal:
+        scores = np.where(columns <= rows + scores.shape[2] - scores.shape[1], scores, -np.inf)
+    highest = scores.max(2, initial=-np.inf)
+    shift = np.where(np.isneginf(highest), 0, highest)
+    p = np.exp(scores - shift[..., None])
+    total = p.sum(2)
+    out = np.einsum("hij,hjd->ihd", p, v) / np.where(total == 0, 1, total).T[..., None]
+    with np.errstate(divide="ignore"):
+        return out, shift + np.log(total)
+
+
+def run(
+    *, seed=0, batch=1, heads=2, kv_heads=1, seqlen_q=128, seqlen_k=64, causal=False, lengths=None, together=3,
+    source=SOURCE, blocks=2, **options,
+):  # fmt: skip
+    """Run the kernel and compare; packed tensors end in rows of NaN, and the last sequence's K and V are all NaN."""
+    rng = np.random.default_rng(seed)
+    scale, tail = 0.3, 7
+    if lengths:
+        batch, sequences = 1, len(lengths)
+        seqlen_q, seqlen_k = (sum(pair[i] for pair in lengths) + tail for i in (0, 1))
+        cu_q, cu_k = (np.cumsum([0, *[pair[i] for pair in lengths]]) for i in (0, 1))
+    else:
+        sequences, cu_q, cu_k = batch, None, None
+
+    def draw(heads, tokens):
+        return rng.standard_normal((batch, heads, tokens, D)).astype(np.float32)
+
+    q, k, v = draw(heads, seqlen_q), draw(kv_heads, seqlen_k), draw(kv_heads, seqlen_k)
+    if lengths:
+        q[:, :, cu_q[-1] :] = k[:, :, cu_k[-2] :] = v[:, :, cu_k[-2] :] = np.nan
+    out = np.full((batch, seqlen_q, heads, D), 7, np.float32)
+    lse = np.full((batch, heads, seqlen_q), 7, np.float32)
+    constexprs = {
+        "CONSUMERS": 2, "BN": BN, "D": D, "HEAD_DIM": D, "STAGES": 2, "Q_SLOTS": 1, "CAUSAL": causal,
+        "VARLEN": bool(lengths), "OVERLAP": True, "PINGPONG": False, "PERSISTENT": False, "CONSUMER_REGISTERS": 240,
+        "PRODUCER_REGISTERS": 24, **options,
+    }  # fmt: skip
+    longest = max(pair[0] for pair in lengths) if lengths else seqlen_q
+    tiles_per_head = -(-longest // (64 * constexprs["CONSUMERS"]))
+    tiles = tiles_per_head * heads * sequences
+    args = (
+        Descriptor(q, (1, 1, 64, D)), Descriptor(k, (1, 1, BN, D)), Descriptor(v, (1, 1, BN, D)),
+        Pointer(out.reshape(-1)), Pointer(lse.reshape(-1)), Pointer(cu_q) if lengths else None,
+        Pointer(cu_k) if lengths else None, scale, seqlen_q, seqlen_k, sequences, heads, heads // kv_heads, together,
+        tiles_per_head, tiles,
+    )  # fmt: skip
+    grid = min(blocks, tiles) if constexprs["PERSISTENT"] else tiles
+    Machine(source, seed).launch("attention_forward", grid, args, constexprs)
+
+    pieces = [(q[b], k[b], v[b], out[b], lse[b]) for b in range(batch)]
+    if lengths:
+        assert (out[0, cu_q[-1] :] == 0).all()
+        assert np.isneginf(lse[0, :, cu_q[-1] :]).all()
+        edges = list(zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False))[:-1]
+        pieces = [(q[0, :, a:b], k[0, :, x:y], v[0, :, x:y], out[0, a:b], lse[0, :, a:b]) for a, b, x, y in edges]
+    for q_, k_, v_, got_out, got_lse in pieces:
+        want_out, want_lse = oracle(q_, k_, v_, scale, causal)
+        np.testing.assert_allclose(got_out, want_out, rtol=1e-4, atol=2e-4)
+        np.testing.assert_allclose(got_lse, want_lse, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_right_and_never_stuck(variant):
+    options = VARIANTS[variant]
+    for blocks in (1, 2, 3, 6):
+        run(seed=blocks, heads=1, seqlen_k=BN * blocks, **options)
+    run(seed=7, batch=2, seqlen_q=150, seqlen_k=70, causal=True, **options)
+    run(seed=8, kv_heads=2, seqlen_q=70, seqlen_k=150, causal=True, **options)
+    run(seed=9, lengths=LENGTHS, causal=True, **options)
+    run(seed=10, lengths=LENGTHS, causal=False, **options)
+
+
+@pytest.mark.parametrize("together", [1, 2, 4, 6])
+def test_tiles_are_a_permutation_whatever_heads_go_together(together):
+    run(batch=3, heads=2, seqlen_q=300, seqlen_k=40, causal=True, together=together)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("((n + 1) // STAGES) & 1) ^ 1)", "((n + 1) // STAGES) & 1))"),
+        ("k_empty.index(i), count=CONSUMERS", "k_empty.index(i), count=1"),
+        ("        mbarrier.arrive(v_empty.index(v_slot), count=1)\n    return", "    return"),
+        ("            mbarrier.arrive(v_empty.index(v_slot), count=1)\n\n", "\n"),
+        ("            mbarrier.arrive(q_empty.index(q_index), count=1)", "            pass"),
+        ("            mbarrier.wait(q_full.index(q_index), (work // Q_SLOTS) & 1)", "            pass"),
+        ("mbarrier.wait(v_full.index(v_slot), (last // STAGES) & 1)", "mbarrier.wait(v_full.index(v_slot), last & 1)"),
+        ("        mbarrier.wait(k_full.index((n + 1) % STAGES)", "        mbarrier.wait(k_full.index(n % STAGES)"),
+        ("named_arrive(FIRST_NAMED_BARRIER)", "pass"),
+        ("named_arrive(FIRST_NAMED_BARRIER + 1 - c)", "named_arrive(FIRST_NAMED_BARRIER + c)"),
+        ("warpgroup_mma_wait(1, deps=[s_token])", "warpgroup_mma_wait(2, deps=[s_token])"),
+        ("acc, p, p_next = warpgroup_mma_wait(0", "acc, p, p_next = warpgroup_mma_wait(1"),
+        ("v_s.index(used % STAGES)), len_k", "v_s.index(used % STAGES)), 1 + len_k"),
+        ('shift = gl.where(highest == float("-inf"), 0.0, highest)', "shift = highest"),
+        ("free = gl.minimum(free, start + 1", "free = gl.minimum(free, start + 17"),
+        ("(rows < len_q - start)", "(rows <= len_q - start)"),
+    ],
+)
+def test_a_broken_protocol_is_noticed(tmp_path, old, new):
+    """The interpreter itself: each of these would hang, race or be wrong on a GPU."""
+    text = SOURCE.read_text()
+    assert text.count(old) >= 1
+    broken = tmp_path / "broken.py"
+    broken.write_text(text.replace(old, new))
+
+    def runs():
+        for options in ({"PINGPONG": True}, {"PINGPONG": True, "PERSISTENT": True}, {"PERSISTENT": True}):
+            run(source=broken, heads=1, seqlen_q=150, seqlen_k=90, **options)
+            run(source=broken, seed=9, lengths=LENGTHS, causal=True, **options)
+
+    with pytest.raises(AssertionError):  # a Deadlock is one
+        runs()

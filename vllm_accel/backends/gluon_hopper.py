@@ -1,0 +1,156 @@
+"""Our own attention for Hopper: a Gluon kernel forward (``kernels/gluon``), our Triton kernels backward.
+
+It takes dense and packed calls as they are, full or causal, with grouped heads and any head size up to 256. Whatever
+changes a logit (windows, softcap, biases, sinks, dropout) is for `triton`. Both keep lse as a natural logarithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vllm_accel.backends.convert import pad_heads, round_up
+from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads
+from vllm_accel.dispatch.capability import Capability, Guard
+from vllm_accel.dispatch.device import Device, detect
+from vllm_accel.dispatch.spec import AttentionSpec, Feature
+from vllm_accel.errors import Reason
+
+if TYPE_CHECKING:
+    from vllm_accel.ops.arguments import AttentionSizes
+
+Forward = Callable[[Tensor, Tensor, Tensor, AttentionArgs], tuple[Tensor, "Tensor | None", "Tensor | None"]]
+
+#: Gluon is experimental and its names change: `thread_barrier` of 3.6 is `barrier` in 3.7.
+_KNOWN = ("3.6.", "3.7.")
+_MAX_INT = 2**31 - 1
+_ROWS = 128  # of a tile
+
+
+def _int32(spec: AttentionSpec, sizes: AttentionSizes) -> str | None:
+    tiles = -(-sizes.seqlen_q // _ROWS) * spec.num_heads * sizes.batch
+    rows = sizes.batch * max(sizes.seqlen_q, sizes.seqlen_k)
+    if max(tiles, rows) > _MAX_INT:
+        return f"counts rows and tiles in 32 bits; this call may have {rows} rows and {tiles} tiles"
+    return None
+
+
+class GluonHopperBackend:
+    """The backend `gluon_hopper`."""
+
+    name = "gluon_hopper"
+    capability = Capability(
+        platforms=frozenset({"cuda"}),
+        compute_capabilities=frozenset({(9, 0)}),  # wgmma is Hopper's alone
+        dtypes=frozenset({torch.float16, torch.bfloat16}),
+        features=Feature.VARLEN
+        | Feature.GRAD
+        | Feature.LSE
+        | Feature.LSE_GRAD
+        | Feature.CAUSAL
+        | Feature.SCALE
+        | Feature.DETERMINISTIC
+        | Feature.BATCH_INVARIANT
+        | Feature.GQA
+        | Feature.VALUE_DIM,
+        max_head_dim=256,
+        # Forward 1 to 2 s, and with gradients the Triton kernels backward: compiled on a 2-core EPYC, 2026-11-23.
+        first_call_seconds=4.0,
+        guards=(Guard("int32", _int32),),
+    )
+
+    def version(self) -> str | None:
+        """Return Triton's version, without importing it."""
+        from vllm_accel.kernels.triton.toolchain import triton_version
+
+        return triton_version()
+
+    def unavailable_reason(self) -> Reason | None:
+        """Say why Gluon cannot compile here: another release of Triton, or what keeps Triton itself from it."""
+        from vllm_accel.kernels.triton.toolchain import problems
+
+        arch = detect(torch.device("cuda", torch.cuda.current_device())).arch if torch.cuda.is_available() else None
+        for problem in problems(arch):
+            return Reason(problem.code, problem.text)
+        version = self.version() or ""
+        if not version.startswith(_KNOWN):
+            return Reason("version", f"its kernel is written in the Gluon of Triton 3.6 and 3.7; this is {version}")
+        return None
+
+    def bind(self, spec: AttentionSpec, device: Device) -> GluonAttention:
+        """Return the kernel for dense and packed calls of this kind."""
+        return GluonAttention(spec, device)
+
+
+class GluonAttention:
+    """Dense and packed attention of one kind of call on one Hopper GPU."""
+
+    def __init__(self, spec: AttentionSpec, device: Device) -> None:
+        # Imported here: declaring a backend must not import Triton (0.5 s).
+        from vllm_accel.kernels.gluon import forward_sm90_launch
+
+        self._launches = forward_sm90_launch
+        self._variant = forward_sm90_launch.VARIANTS[forward_sm90_launch.tile_dim(spec.head_dim, spec.head_dim_v)]
+        self._spec, self._device = spec, device
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return out and lse."""
+        return self.prepare(q, k, v, args)(q, k, v, args)
+
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Forward:
+        """Return `forward` for calls with these sizes, strides and options; tensors and the scale may differ."""
+        *lead, tokens, heads, _ = q.shape
+        head_dim_v, ready = v.shape[-1], self._ready
+        out_shape, lse_shape = (*lead, tokens, heads, head_dim_v), (*lead, heads, tokens)
+        dtype, device, empty = q.dtype, q.device, torch.empty
+        bound = self._launches.BoundForward(
+            self._launches.forward_launch(
+                ready(q), ready(k), ready(v), q.new_empty(out_shape), q.new_empty(lse_shape, dtype=torch.float32),
+                cu_seqlens_q=args.cu_seqlens_q, cu_seqlens_k=args.cu_seqlens_k, max_seqlen_q=args.max_seqlen_q,
+                max_seqlen_k=args.max_seqlen_k, softmax_scale=args.softmax_scale, causal=args.causal,
+                head_dim_v=head_dim_v, variant=self._variant, sm_count=self._device.sm_count,
+            )
+        )  # fmt: skip
+
+        def forward(
+            q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs
+        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            out = empty(out_shape, dtype=dtype, device=device)
+            lse = empty(lse_shape, dtype=torch.float32, device=device)
+            cu_q, cu_k = args.cu_seqlens_q, args.cu_seqlens_k
+            if cu_q is not None and cu_k is not None:
+                cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+            bound(ready(q), ready(k), ready(v), out, lse, cu_q, cu_k, args.softmax_scale)
+            return out, lse, None
+
+        return forward
+
+    def _ready(self, tensor: Tensor) -> Tensor:
+        """Return a tensor that TMA can read: rows of a multiple of 16 bytes, and a copy where strides need one."""
+        tensor = pad_heads(tensor, round_up(tensor.shape[-1], 8))
+        return tensor if self._launches.is_ready(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        args: AttentionArgs,
+        out: Tensor,
+        lse: Tensor,
+        rng: Tensor | None,
+        dout: Tensor,
+        dlse: Tensor | None,
+    ) -> AttentionGrads:
+        """Return the gradients, from our Triton kernels: same lse, and out in the same dtype."""
+        from vllm_accel.backends.triton import TritonAttention
+
+        return TritonAttention(self._spec, self._device).backward(q, k, v, args, out, lse, rng, dout, dlse)
+
+
+BACKEND = GluonHopperBackend()
