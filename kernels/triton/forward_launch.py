@@ -1,0 +1,114 @@
+"""From checked tensors to a launch of `forward.attention_forward`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_accel.dispatch.backend import AttentionArgs
+from vllm_accel.kernels.triton.forward import attention_forward
+from vllm_accel.kernels.triton.launch import Launch
+from vllm_accel.kernels.triton.scores import ADDITIVE, BOOLEAN, NO_BIAS, folds
+from vllm_accel.kernels.triton.tiles import Tile, lookup
+
+#: Keys and values of the heads that run side by side should fit the L2 cache together with what streams through it:
+#: half of an A100's 40 MB. Compiled, not timed.
+_L2_BYTES = 20 << 20
+
+
+def padded(head_dim: int) -> int:
+    """Return the width of a tile for a head size: a power of two, at least 16, as `tl.dot` asks."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def choose_tile(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, causal: bool, heavy: bool) -> Tile:
+    """Return the tile of a kind of call. It depends on no length and no batch, so a sequence's bits depend on neither.
+
+    Args:
+        heavy: the logits need more registers (softcap, ALiBi, bias, mask, window, dropout or descales).
+    """
+    widths = padded(head_dim), padded(head_dim_v)
+    heavy = heavy or widths != (head_dim, head_dim_v)  # so do masks along the head
+    size = f"d{max(widths)}"
+    if dtype is torch.float32:
+        size = f"fp32_{size}"
+    kinds = [f"{size}_heavy"] if heavy else []
+    kinds += [f"{size}_causal"] if causal else []
+    return lookup("forward", arch, [*kinds, size])
+
+
+def forward_launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    rng: Tensor | None,
+    args: AttentionArgs,
+    tile: Tile,
+    tf32: bool = False,
+) -> Launch:
+    """Return the launch that writes out and lse.
+
+    Args:
+        q, k, v: (B, S, H, D) or packed (T, H, D), innermost stride 1, other strides free.
+        out: contiguous, q's shape with Dv. lse: contiguous fp32 (B, H, Sq) or (H, Tq), or None.
+        rng: int64 (2,) on the device, exactly with dropout. tf32: products of fp32 inputs may round to TF32.
+    """
+    varlen = args.cu_seqlens_q is not None
+    heads, head_dim = q.shape[-2:]
+    kv_heads, head_dim_v = v.shape[-2:]
+    batch = args.cu_seqlens_q.shape[0] - 1 if args.cu_seqlens_q is not None else q.shape[0]
+    strides = [s for t in (q, k, v) for s in ((0, *t.stride()[:2]) if varlen else t.stride()[:3])]
+    bias = args.attn_bias
+    bias_strides = (
+        (0,) * 4 if bias is None else [s if n > 1 else 0 for n, s in zip(bias.shape, bias.stride(), strict=True)]
+    )
+    left, right = args.window_size
+    right = 0 if args.causal else right
+    descales = (args.q_descale, args.k_descale, args.v_descale)
+    dims = [0 if t is None else t.dim() for t in descales]
+    alibi = 0 if args.alibi_slopes is None else args.alibi_slopes.dim()
+    bias_kind = NO_BIAS if bias is None else BOOLEAN if bias.dtype is torch.bool else ADDITIVE
+    tiles = -(-args.max_seqlen_q // tile.block_m)
+    reach = max(strides[1::3]) * max(tile.block_m, tile.block_n) + padded(head_dim) + padded(head_dim_v)
+    if bias is not None:
+        reach = max(reach, args.max_seqlen_q * bias_strides[2] + args.max_seqlen_k * bias_strides[3])
+    constexprs = {
+        "D": head_dim, "DV": head_dim_v, "BLOCK_D": padded(head_dim), "BLOCK_DV": padded(head_dim_v),
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "VARLEN": varlen, "LEFT": left >= 0, "RIGHT": right >= 0,
+        "FOLD": folds(args.softcap != 0.0, alibi != 0, bias_kind, descales[0] is not None or descales[1] is not None),
+        "SOFTCAP": args.softcap != 0.0, "ALIBI": alibi, "BIAS": bias_kind,
+        "Q_DESCALE": dims[0], "K_DESCALE": dims[1], "V_DESCALE": dims[2],
+        "WIDE": reach >= 1 << 31, "PRECISE": q.dtype is torch.float32, "PRECISION": "tf32" if tf32 else "ieee",
+    }  # fmt: skip
+    return Launch(
+        fn=attention_forward,
+        grid=(tiles * heads * (batch + varlen), 1, 1),
+        args=(
+            *varying(q, k, v, out, lse, rng, args), args.softmax_scale, args.softcap, args.dropout_p,
+            *strides, *bias_strides,
+            q.shape[-3], k.shape[-3], batch, heads, kv_heads, tiles,
+            _together(k, v, heads // kv_heads, args.max_seqlen_k) if right >= 0 else 1, left, right,
+        ),
+        constexprs=constexprs,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        maxnreg=tile.maxnreg,
+    )  # fmt: skip
+
+
+def varying(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, rng: Tensor | None, args: AttentionArgs
+) -> tuple[Tensor | None, ...]:
+    """Return the tensors of a launch, in the kernel's order (see `launch.Bound`)."""
+    return (
+        q, k, v, out, lse, args.cu_seqlens_q, args.cu_seqlens_k, args.alibi_slopes, args.attn_bias, args.sinks,
+        args.q_descale, args.k_descale, args.v_descale, rng,
+    )  # fmt: skip
+
+
+def _together(k: Tensor, v: Tensor, group: int, max_seqlen_k: int) -> int:
+    """Return how many query heads share the L2 cache at a time: whole groups, at least one."""
+    per_group = max_seqlen_k * (k.shape[-1] + v.shape[-1]) * k.element_size()
+    return group * max(1, _L2_BYTES // per_group)

@@ -1,0 +1,137 @@
+"""A kernel launch as data, and the two ways to run it: the ordinary one, and bound to a compiled kernel.
+
+Triton's ``fn[grid](...)`` costs 20 to 40 us of Python for a kernel with thirty arguments: it derives types, alignments
+and a cache key from every argument, on every call. A plan knows that nothing of this changes but addresses and a few
+floats, so `Bound` looks the compiled kernel up once and then calls its launcher.
+
+The order of a kernel's parameters here, which makes this possible: tensors (or None), then floats, then
+integers fixed by the shapes, then constexprs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import triton
+from triton import knobs
+
+#: Releases whose ``CompiledKernel.run(grid..., stream, function, packed_metadata, launch_metadata, hooks..., *args)``
+#: was read (runtime/jit.py, compiler/compiler.py and the launchers of both back ends); another one takes the ordinary
+#: way.
+_READ = ("3.6.", "3.7.")
+_DIRECT = triton.__version__.startswith(_READ)
+
+
+class Launch(NamedTuple):
+    """One launch of one kernel: plain data, that may be made of meta tensors and compiled without a GPU.
+
+    Attributes:
+        fn: the function under ``@triton.jit``.
+        grid: programs along each axis.
+        args: tensors or None, then floats, then ints, in the order of the kernel's parameters.
+        constexprs: the remaining parameters, by name.
+        num_warps, num_stages: of the compiler. maxnreg: registers per thread at most, 0 for the compiler's choice.
+    """
+
+    fn: Any
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    maxnreg: int = 0
+
+
+def compile_options(launch: Launch) -> dict[str, int]:
+    """Return the keyword arguments that the compiler takes; AMD's knows no ``maxnreg``, so 0 leaves it out."""
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return {**options, "maxnreg": launch.maxnreg} if launch.maxnreg else options
+
+
+def run(launch: Launch) -> Any:
+    """Launch the ordinary way, compiling if need be; return the compiled kernel (None under the interpreter)."""
+    return launch.fn[launch.grid](*launch.args, **launch.constexprs, **compile_options(launch))
+
+
+#: What a launch needs of a compiled kernel: its launcher, function handle and packed metadata.
+_Compiled = tuple[Any, Any, Any]
+#: Kind of launch -> which pointers are misaligned (bits) -> compiled kernel. Plans that differ in lengths share it.
+_compiled: dict[Any, dict[int, _Compiled]] = {}
+
+
+class Bound:
+    """A launch whose integers, constexprs and grid stay; tensors of the same kind and floats change from call to call.
+
+    The first call of a kind goes through `run`. Tensors must be on the device of those in the launch and that device
+    must be current; the current stream is used. While a profiler listens to launches, under the interpreter, and with a
+    release of Triton that nobody has read, every call goes through `run`.
+    """
+
+    __slots__ = ("_by_alignment", "_direct", "_fixed", "_grid", "_index", "_launch", "_present", "_stream_of")
+
+    def __init__(self, launch: Launch) -> None:
+        args = launch.args
+        tensors = 0
+        while tensors < len(args) and (args[tensors] is None or isinstance(args[tensors], Tensor)):
+            tensors += 1
+        values = tensors
+        while values < len(args) and type(args[values]) is float:
+            values += 1
+        device = next(t for t in args if t is not None).device
+        # Without its tensors and floats: a plan must keep no caller's memory alive.
+        self._launch, self._grid = launch._replace(args=args[values:]), launch.grid
+        self._index = device.index or 0
+        self._present = [i for i in range(tensors) if args[i] is not None]
+        constants = launch.constexprs
+        self._fixed = (*args[values:], *[constants[name] for name in launch.fn.arg_names[len(args) :]])
+        self._direct = _goes_direct(launch.fn, device)
+        if self._direct:
+            self._stream_of = triton.runtime.driver.active.get_current_stream
+        kind = (
+            id(launch.fn), self._index, launch.num_warps, launch.num_stages, launch.maxnreg,
+            tuple([None if t is None else t.dtype for t in args[:tensors]]),
+            # Triton compiles for integers that are 1 or multiples of 16, and for those that need 64 bits.
+            tuple([n if n == 1 else (n & 15 == 0, n >> 31 == 0) for n in args[values:]]),
+            tuple(constants.values()),
+        )  # fmt: skip
+        self._by_alignment = _compiled.setdefault(kind, {})
+
+    def __call__(self, tensors: Sequence[Any], values: tuple[float, ...] = ()) -> None:
+        """Launch on these tensors (as many as the launch has, None in the same places) and floats."""
+        addresses: list[int | None] = [None] * len(tensors)
+        misaligned = 0
+        for i in self._present:
+            address = tensors[i].data_ptr()
+            addresses[i] = address
+            if address & 15:
+                misaligned |= 1 << i
+        compiled = self._by_alignment.get(misaligned)
+        if compiled is None or _listening():
+            self._first(tensors, values, misaligned)
+            return
+        launcher, function, metadata = compiled
+        launcher(
+            *self._grid, self._stream_of(self._index), function, metadata, None, None, None,
+            *addresses, *values, *self._fixed,
+        )  # fmt: skip
+
+    def _first(self, tensors: Sequence[Tensor | None], values: tuple[float, ...], misaligned: int) -> None:
+        launch = self._launch
+        kernel = run(launch._replace(args=(*tensors, *values, *launch.args)))
+        if self._direct:
+            self._by_alignment[misaligned] = (kernel.run, kernel.function, kernel.packed_metadata)
+
+
+def _goes_direct(fn: Any, device: torch.device) -> bool:
+    """Tell whether a kernel has a compiled form whose launcher is known."""
+    return _DIRECT and device.type == "cuda" and isinstance(fn, triton.runtime.JITFunction)
+
+
+def _listening() -> bool:
+    """Tell whether somebody (Proton, a test) wants to hear of each launch; other chains of hooks are empty."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

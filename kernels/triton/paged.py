@@ -1,0 +1,237 @@
+"""Attention over a paged cache: decode, speculative tokens, chunked prefill and batches of all of them.
+
+One kernel. Its rows are query tokens times the heads of a group, its keys are gathered BLOCK_N at a time across pages
+of any size, and a sequence's keys may be shared out among `num_splits` programs whose results `combine.py` joins
+(FlashDecoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html; online softmax: Milakov and Gimelshein 2018).
+Everything about a sequence is read on the device, so a captured CUDA graph can be replayed with other lengths.
+"""
+
+import triton
+import triton.language as tl
+from vllm_accel.kernels.triton.mla import attend_latent
+from vllm_accel.kernels.triton.pages import (
+    BITS_SCALE,
+    add_sink,
+    find_sequence,
+    finish,
+    key_count,
+    online,
+    pages_of,
+    query_span,
+    row_power,
+    split_range,
+    tokens_in,
+    widen,
+    within,
+    zero_rows,
+)
+from vllm_accel.kernels.triton.scores import LN2, LOG2E, factor, keys_of_rows, logits, per_head
+
+
+@triton.jit
+def _attend(
+    begin, end, acc, m, l, q, power, k_head, v_head, table, rows, len_q, len_k, scale, softcap, slope, left, right,
+    num_blocks, stride_kb, stride_ks, stride_vb, stride_vs,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, MASKED: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr, BITS: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """Let the rows attend to the keys [begin, end), in steps of BLOCK_N from a multiple of it.
+
+    Keys from `end` on are read as 0, not only masked: what lies there may be NaN, and 0 * NaN is NaN.
+    """
+    columns = tl.arange(0, BLOCK_D)
+    columns_v = tl.arange(0, BLOCK_DV)
+    exponent = factor(scale, FOLD)
+    # A page is looked up one step ahead: the load of a key then waits for no other load of its step.
+    page = pages_of(begin, end, table, num_blocks, PAGE, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        at = tokens_in(k_head, page, start, stride_kb, stride_ks, PAGE, BLOCK_N)
+        if MASKED or D != BLOCK_D:
+            k = tl.load(at[:, None] + columns[None, :], mask=within(n < end, columns, D, BLOCK_D), other=0.0)
+        else:
+            k = tl.load(at[:, None] + columns[None, :])
+        at = tokens_in(v_head, page, start, stride_vb, stride_vs, PAGE, BLOCK_N)
+        if MASKED or DV != BLOCK_DV:
+            v = tl.load(at[:, None] + columns_v[None, :], mask=within(n < end, columns_v, DV, BLOCK_DV), other=0.0)
+        else:
+            v = tl.load(at[:, None] + columns_v[None, :])
+        page = pages_of(start + BLOCK_N, end, table, num_blocks, PAGE, BLOCK_N)
+        s = tl.dot(q, tl.trans(widen(k, q.dtype, BITS)), input_precision=PRECISION)
+        if NORM:
+            s *= power[:, None]
+        s = logits(
+            s, rows[:, None], n[None, :], len_q, len_k, scale, softcap, slope[:, None], None, 0, 0, left, right,
+            FOLD, SOFTCAP, ALIBI, 0, False, PRECISE, LEFT, RIGHT, MASKED,
+        )  # fmt: skip
+        p, rescale, m, l = online(s, m, l, exponent)
+        acc = tl.dot(p.to(q.dtype), widen(v, q.dtype, BITS), acc * rescale[:, None], input_precision=PRECISION)
+    return acc, m, l
+
+
+@triton.jit(
+    do_not_specialize=[
+        "left", "right", "tokens", "batch", "max_blocks", "num_blocks", "num_splits", "tiles", "low_q", "high_q",
+        "part_rows",
+    ]
+)  # fmt: skip
+def paged_attention(
+    q_ptr, k_ptr, v_ptr, cu_seqlens, block_table, seqused_k, out_ptr, lse_ptr, part_ptr,
+    slopes, sinks, q_descale, k_descale, v_descale,
+    scale, softcap,
+    left, right, tokens, batch, num_blocks, max_blocks, num_kv_heads, num_splits, tiles, low_q, high_q,
+    part_rows, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_tb,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SEARCH: tl.constexpr, SPLIT: tl.constexpr, FIXED: tl.constexpr, PEEL: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
+    Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
+    ROPE: tl.constexpr, BLOCK_R: tl.constexpr, FOLD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+    BITS: tl.constexpr, Q_BITS: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Compute one tile of rows over one split of one sequence's keys, for one key head.
+
+    Args:
+        q_ptr: (tokens, num_heads, D). k_ptr, v_ptr: (num_blocks, PAGE, num_kv_heads, D / DV).
+        cu_seqlens: (batch + 1,). block_table: (batch, max_blocks). seqused_k: (batch,).
+        out_ptr: (tokens, num_heads, DV), lse_ptr: (num_heads, tokens), both contiguous; written where SPLIT is off, and
+            for the rows past the last sequence. lse_ptr may be None.
+        part_ptr: with SPLIT, fp32 (num_splits, part_rows, num_heads, DV) normalised sums, then as many rows of base-2
+            log-sum-exps. A row is a token of the batch with SEARCH; else token t of sequence b is row b * high_q + t.
+        slopes: (num_heads,) with ALIBI 1, (batch, num_heads) with ALIBI 2, fp32. sinks: (num_heads,).
+        q_descale, k_descale, v_descale: fp32, with dimensions as Q_DESCALE and so on say (`per_head`), -1 for none.
+        low_q, high_q: only sequences of so many query tokens are computed (the others are another launch's).
+        tiles: with SEARCH the regions of the batch, in which a program finds its sequence; else tiles of rows of each
+            sequence, of which none has more than high_q tokens.
+        PEEL: keys that every row sees have a loop of their own.
+        ROPE: for MLA, where keys have so many more channels than values and k_ptr holds both: D is then DV.
+        BITS, Q_BITS: the caches, or q, are bytes of e4m3. NORM: q gives up its exponents (`row_power`).
+        DTYPE: of the products.
+    """
+    index = tl.program_id(0)
+    kv_head = index % num_kv_heads
+    index = index // num_kv_heads
+    split = index % num_splits
+    tile = (index // num_splits) % tiles
+    num_heads = num_kv_heads * GROUP
+    if SEARCH:
+        # The last tiles of a causal sequence have most to do: they go first.
+        sequence, tile = find_sequence(tiles - 1 - tile, cu_seqlens, batch, tokens, GROUP, BLOCK_M)
+    else:
+        sequence = index // (num_splits * tiles)
+    first, len_q = query_span(cu_seqlens, sequence, batch, tokens)
+    if sequence == batch:
+        count = num_splits * tiles
+        zero_rows(out_ptr, lse_ptr, index % count, count, first, tokens, num_heads, kv_head, GROUP, DV, BLOCK_DV)
+        return
+    if (tile * BLOCK_M >= len_q * GROUP) | (len_q < low_q) | (len_q > high_q):
+        return
+    len_k = key_count(seqused_k, sequence, batch, max_blocks, PAGE)
+
+    r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = r // GROUP
+    heads = kv_head * GROUP + r % GROUP
+    live = rows < len_q
+    SPAN: tl.constexpr = BLOCK_M // GROUP if BLOCK_M % GROUP == 0 else (BLOCK_M - 1) // GROUP + 2
+    low, inner, outer, high = keys_of_rows(
+        tile * BLOCK_M // GROUP, len_q, len_k, left, right, SPAN, BLOCK_N, LEFT, RIGHT
+    )
+    if SPLIT:
+        begin, end = split_range(low, high, split, num_splits, FIXED, BLOCK_N)
+        row = (first if SEARCH else sequence * high_q) + rows
+        part = (split.to(tl.int64) * part_rows + row) * num_heads + heads
+        part_lse = part_ptr + num_splits.to(tl.int64) * part_rows * num_heads * DV
+        if begin >= end:
+            tl.store(part_lse + part, float("-inf"), mask=live)
+            return
+    else:
+        begin, end = low, high
+
+    if Q_DESCALE >= 0:
+        scale *= per_head(q_descale, sequence, kv_head, num_kv_heads, Q_DESCALE)
+    if K_DESCALE >= 0:
+        scale *= per_head(k_descale, sequence, kv_head, num_kv_heads, K_DESCALE)
+    if BITS:
+        scale *= BITS_SCALE
+    if Q_BITS:
+        scale *= BITS_SCALE
+    slope = tl.zeros([BLOCK_M], tl.float32)
+    if ALIBI > 0:
+        slope = tl.load(slopes + (sequence * num_heads if ALIBI == 2 else 0) + heads, mask=live, other=0.0)
+    q_row = q_ptr + (first + rows).to(tl.int64)[:, None] * stride_qt + heads[:, None] * stride_qh
+    columns = tl.arange(0, BLOCK_D)
+    q = tl.load(q_row + columns[None, :], mask=within(live, columns, D, BLOCK_D), other=0.0)
+    power = tl.full([BLOCK_M], 1.0, tl.float32)
+    if NORM:
+        power = row_power(q)
+    if ROPE > 0:
+        columns_r = tl.arange(0, BLOCK_R)
+        q_rope = tl.load(q_row + D + columns_r[None, :], mask=within(live, columns_r, ROPE, BLOCK_R), other=0.0)
+        if NORM:
+            power = tl.maximum(power, row_power(q_rope))
+    if NORM:
+        q = q.to(tl.float32) / power[:, None]
+        if ROPE > 0:
+            q_rope = q_rope.to(tl.float32) / power[:, None]
+    q = widen(q, DTYPE, Q_BITS)
+    if ROPE > 0:
+        q_rope = widen(q_rope, DTYPE, Q_BITS)
+    k_head = k_ptr + kv_head.to(tl.int64) * stride_kh
+    v_head = v_ptr + kv_head.to(tl.int64) * stride_vh
+    table = block_table + sequence.to(tl.int64) * stride_tb
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    if ROPE > 0:
+        acc, m, l = attend_latent(
+            begin, end, acc, m, l, q, q_rope, power, k_head, table, rows, len_q, len_k, scale, softcap,
+            left, right, num_blocks, stride_kb, stride_ks,
+            D, ROPE, BLOCK_D, BLOCK_R, BLOCK_N, PAGE, FOLD, SOFTCAP, LEFT, RIGHT, PRECISE, PRECISION, BITS, NORM,
+        )  # fmt: skip
+    else:
+        # Keys that every row sees have a loop of their own, without masks; a short loop is better left in one piece.
+        if PEEL and LEFT:
+            acc, m, l = _attend(
+                begin, tl.minimum(end, inner), acc, m, l, q, power, k_head, v_head, table, rows, len_q, len_k,
+                scale, softcap, slope, left, right, num_blocks, stride_kb, stride_ks, stride_vb, stride_vs,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE, FOLD, SOFTCAP, ALIBI, LEFT, RIGHT, True, PRECISE, PRECISION,
+                BITS, NORM,
+            )  # fmt: skip
+            begin = tl.maximum(begin, inner)
+        if PEEL:
+            acc, m, l = _attend(
+                begin, tl.minimum(end, outer), acc, m, l, q, power, k_head, v_head, table, rows, len_q, len_k,
+                scale, softcap, slope, left, right, num_blocks, stride_kb, stride_ks, stride_vb, stride_vs,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE, FOLD, SOFTCAP, ALIBI, LEFT, RIGHT, False, PRECISE, PRECISION,
+                BITS, NORM,
+            )  # fmt: skip
+            begin = tl.maximum(begin, outer)
+        acc, m, l = _attend(
+            begin, end, acc, m, l, q, power, k_head, v_head, table, rows, len_q, len_k,
+            scale, softcap, slope, left, right, num_blocks, stride_kb, stride_ks, stride_vb, stride_vs,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE, FOLD, SOFTCAP, ALIBI, LEFT, RIGHT, True, PRECISE, PRECISION,
+            BITS, NORM,
+        )  # fmt: skip
+
+    if BITS:
+        acc *= BITS_SCALE
+    if V_DESCALE >= 0:
+        acc *= per_head(v_descale, sequence, kv_head, num_kv_heads, V_DESCALE)
+    if SINKS and not SPLIT:
+        sink = tl.load(sinks + heads, mask=live, other=0.0).to(tl.float32) * LOG2E
+        rescale, m, l = add_sink(m, l, sink)
+        acc *= rescale[:, None]
+    acc, total = finish(acc, m, l)
+    columns_v = tl.arange(0, BLOCK_DV)
+    inside = within(live, columns_v, DV, BLOCK_DV)
+    if SPLIT:
+        tl.store(part_ptr + part[:, None] * DV + columns_v[None, :], acc, mask=inside)
+        tl.store(part_lse + part, total, mask=live)
+    else:
+        at = (first + rows).to(tl.int64) * num_heads + heads
+        tl.store(out_ptr + at[:, None] * DV + columns_v[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + heads.to(tl.int64) * tokens + (first + rows), total * LN2, mask=live)

@@ -1,0 +1,139 @@
+"""From checked tensors to the launches of a paged call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import triton.language as tl
+from vllm_accel.dispatch.backend import PagedArgs
+from vllm_accel.kernels.triton.combine import combine_splits
+from vllm_accel.kernels.triton.launch import Launch
+from vllm_accel.kernels.triton.paged import paged_attention
+from vllm_accel.kernels.triton.scores import folds
+from vllm_accel.kernels.triton.splits import Sizes, Work
+from vllm_accel.kernels.triton.tiles import Tile, lookup
+
+_E4M3 = torch.float8_e4m3fn
+_FP8 = (_E4M3, torch.float8_e5m2)
+_PRODUCTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+#: Splits that `combine_splits` joins at a time: 8 rows of 128 floats are one load of 32 bytes for each of 128 threads.
+_JOINED = 8
+
+
+def padded(head_dim: int) -> int:
+    """Return the width of a tile for a head size: a power of two, at least 16, as `tl.dot` asks."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def choose_tile(
+    arch: str, rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, kv_dtype: torch.dtype, mla: bool
+) -> Tile:
+    """Return the tile for so many rows of a sequence and key head (query tokens times heads that share it)."""
+    height = "m16" if rows <= 16 else "m32" if rows <= 32 else "m64" if rows <= 64 else "prefill"
+    size = f"d{max(64, padded(head_dim_v if mla else max(head_dim, head_dim_v)))}"
+    kind = "_fp32" if dtype is torch.float32 else "_8bit" if kv_dtype.itemsize == 1 else ""
+    return lookup("mla" if mla else "paged", arch, [f"{height}_{size}{kind}"])
+
+
+def sizes_of(q: Tensor, v_cache: Tensor, args: PagedArgs) -> Sizes:
+    """Return the exact sizes of a call, that decide how it is cut up."""
+    left, right = args.window_size
+    right = 0 if args.causal else right
+    window = left + right + 1 if left >= 0 and right >= 0 else 0
+    return Sizes(
+        tokens=q.shape[0], batch=args.seqused_k.shape[0], num_heads=q.shape[1], num_kv_heads=v_cache.shape[2],
+        head_dim_v=v_cache.shape[3], max_seqlen_q=args.max_seqlen_q, max_seqlen_k=args.max_seqlen_k, window=window,
+        batch_invariant=args.batch_invariant, sinks=args.sinks is not None,
+    )  # fmt: skip
+
+
+def attention_launch(
+    work: Work, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor | None, part: Tensor | None,
+    args: PagedArgs, *, mla: bool, native_e4m3: bool, tf32: bool = False,
+) -> Launch:  # fmt: skip
+    """Return the launch that computes out and lse, or partial results where `work` splits.
+
+    Args:
+        q, k_cache, v_cache: innermost stride 1, other strides free. With `mla` v_cache is a view of k_cache.
+        out: (Tq, H, Dv), contiguous. lse: fp32 (H, Tq), contiguous, or None.
+        part: fp32, as many as `splits.scratch` says; None without splits.
+        native_e4m3: the chip converts e4m3; else the kernel does (q and caches may be uint8 views or e4m3).
+        tf32: products of fp32 inputs may round to TF32.
+    """
+    heads, head_dim = q.shape[1:]
+    num_blocks, page, kv_heads, head_dim_v = v_cache.shape
+    rope = head_dim - head_dim_v if mla else 0
+    left, right = args.window_size
+    right = 0 if args.causal else right
+    # One query stands on the last key: neither a causal mask nor a right edge hides anything from it.
+    looks_right = right >= 0 and args.max_seqlen_q > 1
+    eight_bits = k_cache.dtype.itemsize == 1
+    descales = (args.q_descale, args.k_descale, args.v_descale)
+    q_dim, k_dim, v_dim = (-1 if d is None else d.dim() for d in descales)
+    softcap, alibi = args.softcap != 0.0, 0 if args.alibi_slopes is None else args.alibi_slopes.dim()
+    norm = eight_bits and q.dtype is torch.bfloat16
+    constexprs = {
+        "GROUP": heads // kv_heads, "D": head_dim - rope, "DV": head_dim_v, "BLOCK_D": padded(head_dim - rope),
+        "BLOCK_DV": padded(head_dim_v), "PAGE": page, "BLOCK_M": work.tile.block_m, "BLOCK_N": work.tile.block_n,
+        "SEARCH": work.search, "SPLIT": work.split, "FIXED": work.fixed, "PEEL": work.search and not work.split,
+        "LEFT": left >= 0, "RIGHT": looks_right, "SOFTCAP": softcap, "ALIBI": alibi, "SINKS": args.sinks is not None,
+        "Q_DESCALE": q_dim, "K_DESCALE": k_dim, "V_DESCALE": v_dim, "ROPE": rope, "BLOCK_R": padded(max(rope, 1)),
+        "FOLD": folds(softcap, alibi != 0, 0, q_dim >= 0 or k_dim >= 0), "PRECISE": q.dtype is torch.float32,
+        "PRECISION": "tf32" if tf32 else "ieee", "BITS": k_cache.dtype is _E4M3 and not native_e4m3,
+        "Q_BITS": q.dtype is _E4M3 and not native_e4m3, "NORM": norm,
+        "DTYPE": tl.float16 if norm else _PRODUCTS.get(q.dtype, tl.float16),
+    }  # fmt: skip
+    tokens, batch = q.shape[0], args.seqused_k.shape[0]
+    sequences = 1 if work.search else batch + work.tail
+    return Launch(
+        fn=paged_attention,
+        grid=(work.tiles * work.num_splits * kv_heads * sequences, 1, 1),
+        args=(
+            *attention_tensors(q, k_cache, v_cache, out, lse, part, args, native_e4m3),
+            args.softmax_scale, args.softcap, max(left, 0), max(right, 0), tokens, batch, num_blocks,
+            args.block_table.shape[1], kv_heads, work.num_splits, work.tiles, work.low_q, work.high_q, work.part_rows,
+            *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], args.block_table.stride(0),
+        ),
+        constexprs=constexprs,
+        num_warps=work.tile.num_warps,
+        num_stages=work.tile.num_stages,
+        maxnreg=work.tile.maxnreg,
+    )  # fmt: skip
+
+
+def attention_tensors(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor | None, part: Tensor | None, args: PagedArgs,
+    native_e4m3: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the tensors of `attention_launch`, in the kernel's order (see `launch.Bound`)."""
+    if not native_e4m3:
+        q, k_cache, v_cache = (t.view(torch.uint8) if t.dtype is _E4M3 else t for t in (q, k_cache, v_cache))
+    return (
+        q, k_cache, v_cache, args.cu_seqlens_q, args.block_table, args.seqused_k, out, lse, part,
+        args.alibi_slopes, args.sinks, args.q_descale, args.k_descale, args.v_descale,
+    )  # fmt: skip
+
+
+def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs) -> Launch:
+    """Return the launch that joins the partial results of `attention_launch`."""
+    tokens, heads, head_dim_v = out.shape
+    return Launch(
+        fn=combine_splits,
+        grid=(tokens if work.search else work.part_rows, heads, 1),
+        args=(
+            *combine_tensors(out, lse, part, args), tokens, args.seqused_k.shape[0], heads, work.num_splits, work.low_q,
+            work.high_q, work.part_rows,
+        ),
+        constexprs={
+            "DV": head_dim_v, "BLOCK_DV": padded(head_dim_v), "BLOCK_S": _JOINED, "SEARCH": work.search,
+            "SINKS": args.sinks is not None,
+        },
+        num_warps=4,
+        num_stages=2,
+    )  # fmt: skip
+
+
+def combine_tensors(out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs) -> tuple[Tensor | None, ...]:
+    """Return the tensors of `combine_launch`, in the kernel's order."""
+    return (part, args.cu_seqlens_q, args.sinks, out, lse)

@@ -1,0 +1,336 @@
+"""Paged decode, chunked prefill, MLA: numbers against the float64 oracle, with NaN wherever nothing may be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_accel.backends.triton import BACKEND
+from vllm_accel.backends.triton_paged import TritonPaged, bind_paged
+from vllm_accel.dispatch.backend import PagedArgs
+from vllm_accel.dispatch.device import preset
+from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
+from vllm_accel.kernels.triton import splits
+from vllm_accel.testing.cases_paged import PAGED_CASES, PagedCase
+from vllm_accel.testing.conformance_paged import check_paged_backend
+from vllm_accel.testing.oracle import attention_paged_oracle, plain_attention_paged
+from vllm_accel.testing.tolerance import assert_close, assert_lse_close
+
+H200 = preset("h200")
+#: Its kernels decode e4m3 by hand.
+A100 = preset("a100")
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+@pytest.fixture(autouse=True)
+def _empty_is_nan() -> Iterator[None]:
+    """torch.empty gives NaN here: an output that nobody wrote, or a partial result that was read unwritten, shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A paged call. The caches hold NaN but for the keys there are; unused table entries name no block."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    cu_seqlens_q: Tensor
+    block_table: Tensor
+    seqused_k: Tensor
+    mla: bool = False
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("cu_seqlens_q", "block_table", "seqused_k")}
+
+
+def make(
+    q_lens: list[int],
+    k_lens: list[int],
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    head_dim_v: int = 0,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float16,
+    kv_dtype: torch.dtype | None = None,
+    head_major: bool = False,
+    tail: int = 0,
+    mla: bool = False,
+    seed: int = 0,
+) -> Call:
+    """Make a call; `tail` rows of q belong to no sequence."""
+    g = torch.Generator().manual_seed(seed)
+    head_dim_v, kv_dtype = head_dim_v or head_dim, kv_dtype or dtype
+    wanted = [-(-n // block_size) for n in k_lens]
+    blocks = sum(wanted) + 3
+    order = torch.randperm(blocks, generator=g).tolist()
+    shape = (blocks, kv_heads, block_size) if head_major else (blocks, block_size, kv_heads)
+
+    def cache(width: int) -> Tensor:
+        full = torch.full((*shape, width), float("nan")).to(kv_dtype)
+        return full.transpose(1, 2) if head_major else full
+
+    keys, values = cache(head_dim), cache(head_dim_v)
+    table = torch.full((len(k_lens), max(wanted, default=0) + 2), 2**31 - 1, dtype=torch.int32)
+    for b, (length, count) in enumerate(zip(k_lens, wanted, strict=True)):
+        for j in range(count):
+            block = order.pop()
+            table[b, j] = block
+            filled = min(block_size, length - j * block_size)
+            for c in (keys, values):
+                new = torch.randn((filled, kv_heads, c.shape[-1]), generator=g).to(kv_dtype)
+                c[block, :filled].view(torch.uint8).copy_(new.view(torch.uint8))
+    ends = torch.tensor([0, *q_lens]).cumsum(0).to(torch.int32)
+    q = torch.randn((sum(q_lens) + tail, heads, head_dim), generator=g).to(dtype)
+    return Call(
+        q, keys, keys[..., :head_dim_v] if mla else values, ends, table, torch.tensor(k_lens, dtype=torch.int32), mla
+    )
+
+
+def kernel_of(call: Call, num_splits: int = 0, device: Any = H200) -> TritonPaged:
+    features = Feature.PAGED | (Feature.MLA if call.mla else Feature(0))
+    spec = AttentionSpec(
+        call.q.dtype, call.k_cache.dtype, call.q.shape[1], call.k_cache.shape[2], call.q.shape[2],
+        call.v_cache.shape[3], 1, 1, 1, Relation.MIXED, features, call.k_cache.shape[1],
+    )  # fmt: skip
+    return bind_paged(spec, device, num_splits)
+
+
+def arguments(call: Call, **options: Any) -> PagedArgs:
+    lengths = call.cu_seqlens_q.diff()
+    values = {
+        "alibi_slopes": None, "sinks": None, "q_descale": None, "k_descale": None, "v_descale": None,
+        "max_seqlen_q": int(lengths.max()), "max_seqlen_k": max(1, int(call.seqused_k.max())),
+        "softmax_scale": call.q.shape[2] ** -0.5, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
+        "need_lse": True, "deterministic": False, "batch_invariant": False,
+    }  # fmt: skip
+    return PagedArgs(**call.tables, **{**values, **options})
+
+
+def check(call: Call, num_splits: int = 0, device: Any = H200, **options: Any) -> tuple[Tensor, Tensor]:
+    """Compare out and lse with the oracle, and return them."""
+    out, lse = kernel_of(call, num_splits, device=device).forward(
+        call.q, call.k_cache, call.v_cache, arguments(call, **options)
+    )
+    assert lse is not None
+    meaning = {n: v for n, v in options.items() if n not in ("batch_invariant", "max_seqlen_q", "max_seqlen_k")}
+    given = (call.q, call.k_cache, call.v_cache)
+    reference, expected_lse = attention_paged_oracle(*given, **call.tables, **meaning)
+    plain, _ = plain_attention_paged(*given, **call.tables, **meaning)
+    # Rows past the last sequence are 0 by definition: exact in any dtype.
+    assert_close(out, reference, plain, what="out")
+    assert_lse_close(lse, expected_lse, dtype=call.q.dtype)
+    return out, lse
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 24, 64, 256])
+def test_decode_over_blocks_of_any_size(block_size: int) -> None:
+    edges = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100]
+    check(make([1] * len(edges), edges, block_size=block_size, kv_heads=1))
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 5, 8])
+def test_splits_join_to_the_same_result(num_splits: int) -> None:
+    call = make([1] * 6, [0, 255, 256, 257, 600, 1100], heads=1, kv_heads=1, head_dim=16)
+    check(call, num_splits, max_seqlen_k=1100)
+
+
+def test_decode_of_every_sort_of_head() -> None:
+    check(make([1, 1], [40, 3], heads=6, kv_heads=2, head_dim=80, head_dim_v=40))
+    check(make([1, 1], [40, 3], heads=20, kv_heads=1, head_dim=16, head_dim_v=32))
+    check(make([1, 1], [40, 3], heads=3, kv_heads=3, head_dim=5, head_dim_v=7, block_size=4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_chunked_prefill_mixed_with_decode(dtype: torch.dtype) -> None:
+    lengths = [1, 40, 0, 3, 21, 1], [65, 100, 17, 30, 21, 1]
+    check(make(*lengths, dtype=dtype, tail=5), causal=True)
+
+
+def test_more_queries_than_keys() -> None:
+    """The first rows of a causal sequence see nothing."""
+    check(make([12, 3, 2], [5, 0, 1], heads=2, kv_heads=1), causal=True)
+    check(make([3, 3, 2], [2, 0, 1], heads=2, kv_heads=1), causal=True, sinks=torch.tensor([0.5, -1.0]))
+
+
+def test_speculative_tokens_share_the_keys() -> None:
+    lengths = [4, 1, 0, 3, 4], [300, 33, 9, 3, 64]
+    for heads, num_splits in ((4, 1), (8, 2), (40, 1)):
+        check(make(*lengths, heads=heads, kv_heads=1, tail=3), num_splits, causal=True)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+@pytest.mark.parametrize("window", [(20, -1), (0, 0), (-1, 5), (37, 3)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_windows(window: tuple[int, int], causal: bool, num_splits: int) -> None:
+    check(make([1, 2, 5], [90, 40, 3], heads=1, kv_heads=1, head_dim=16), num_splits, window_size=window, causal=causal)
+    check(make([25, 9], [70, 9], heads=1, kv_heads=1, head_dim=16), num_splits, window_size=window, causal=causal)
+
+
+def test_splits_share_out_a_window() -> None:
+    """Most keys lie before the window: the splits begin where it does."""
+    call = make([1, 2], [1300, 40], heads=1, kv_heads=1, head_dim=16)
+    check(call, 3, window_size=(600, -1), causal=True)
+    check(call, 3, window_size=(600, -1), causal=True, batch_invariant=True)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+@pytest.mark.parametrize("q_lens", [[1, 1, 1], [3, 2, 1], [9, 1, 12]])
+def test_sinks_alibi_and_softcap(q_lens: list[int], num_splits: int) -> None:
+    call = make(q_lens, [270, 2, 40], heads=4, kv_heads=1, head_dim=16)
+    sinks = torch.tensor([0.3, 4.0, -2.0, float("-inf")])
+    check(call, num_splits, causal=True, sinks=sinks)
+    check(call, num_splits, causal=True, sinks=sinks.half(), softcap=2.0)
+    check(call, num_splits, alibi_slopes=torch.tensor([0.5, 0.1, 0.02, 0.0]), softmax_scale=0.3)
+    per_sequence = torch.rand((3, 4), generator=torch.Generator().manual_seed(1))
+    check(call, num_splits, causal=True, alibi_slopes=per_sequence, window_size=(30, -1), softcap=5.0)
+
+
+@pytest.mark.parametrize("device", [H200, A100], ids=["converted", "by hand"])
+@pytest.mark.parametrize("kv_dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fp8_caches(dtype: torch.dtype, kv_dtype: torch.dtype, device: Any) -> None:
+    call = make([1, 2, 12], [70, 33, 20], dtype=dtype, kv_dtype=kv_dtype)
+    g = torch.Generator().manual_seed(3)
+    check(call, device=device, causal=True)
+    check(call, device=device, k_descale=torch.tensor(0.7), v_descale=torch.tensor([2.0, 0.5]))
+    per_sequence = torch.rand((3, 2), generator=g) + 0.5
+    check(call, device=device, k_descale=per_sequence, v_descale=per_sequence + 1.0, causal=True)
+
+
+@pytest.mark.parametrize("device", [H200, A100], ids=["converted", "by hand"])
+def test_fp8_queries_and_int8_caches(device: Any) -> None:
+    g = torch.Generator().manual_seed(3)
+    descales = {"q_descale": torch.tensor([1.5, 0.5]), "k_descale": torch.tensor(0.7), "v_descale": torch.tensor(2.0)}
+    for dtype in (E4M3, E5M2):
+        check(make([1, 10], [40, 33], dtype=dtype), device=device, **descales)
+    call = make([1, 10], [40, 33], dtype=torch.bfloat16)
+    k, v = (torch.randint(-127, 128, t.shape, generator=g, dtype=torch.int8) for t in (call.k_cache, call.v_cache))
+    scale = torch.tensor([0.01, 0.02])
+    check(replace(call, k_cache=k, v_cache=v), device=device, k_descale=scale, v_descale=scale)
+
+
+def test_bfloat16_queries_keep_their_range_over_fp8() -> None:
+    """Products are of float16 there: rows of 1e30 and of 1e-30 are scaled, and rows of zeros stay finite."""
+    call = make([1, 1, 1], [40, 40, 40], dtype=torch.bfloat16, kv_dtype=E4M3, heads=2, kv_heads=1)
+    size = torch.tensor([1e30, 1e-30, 0.0]).view(3, 1, 1)
+    call = replace(call, q=(call.q.float() * size).bfloat16())
+    check(call, softmax_scale=1e-30)
+    check(call, softmax_scale=1.0 / 64)
+
+
+@pytest.mark.parametrize("value", [0x7F, 0xFF])
+def test_nan_in_an_fp8_cache_stays_nan(value: int) -> None:
+    call = make([1, 1], [5, 5], kv_dtype=E4M3, kv_heads=1, heads=1)
+    call.k_cache.view(torch.uint8)[call.block_table[0, 0], 2, 0, 0] = value
+    for device in (H200, A100):
+        out, lse = kernel_of(call, device=device).forward(call.q, call.k_cache, call.v_cache, arguments(call))
+        assert lse is not None
+        assert out[0].isnan().all()
+        assert not out[1].isnan().any()
+
+
+def test_any_layout() -> None:
+    check(make([1, 3, 20], [70, 33, 20], head_major=True, block_size=24), causal=True)
+    call = make([1, 3, 20], [70, 33, 20])
+    wide = torch.full((24, 6, 80), float("nan"), dtype=torch.float16)
+    wide[:, 1:5, :64] = call.q
+    both = torch.stack((call.k_cache, call.v_cache), dim=1)
+    check(replace(call, q=wide[:, 1:5, :64], k_cache=both[:, 0], v_cache=both[:, 1]), causal=True)
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    """One block lies 2^31 elements behind the other, in memory that nobody ever touches."""
+    call = make([1], [20], heads=1, kv_heads=1, head_dim=16)
+    far = 2**31 + 16
+    memory = torch.empty(far + 16 * 16, dtype=torch.float16)
+    cache = memory.as_strided((2, 16, 1, 16), (far, 16, 16, 1))
+    for j in range(2):
+        cache[j] = call.k_cache[call.block_table[0, j]]
+    table = torch.tensor([[0, 1]], dtype=torch.int32)
+    check(replace(call, k_cache=cache, v_cache=cache, block_table=table))
+
+
+@pytest.mark.parametrize("q_lens", [[1, 1], [9, 1]])
+def test_wrong_tables_touch_nothing_outside(q_lens: list[int]) -> None:
+    """The interpreter reads through raw addresses: an access outside would crash, or bring in other numbers."""
+    call = make(q_lens, [40, 30], heads=2, kv_heads=1)
+    finite = replace(call, k_cache=torch.ones_like(call.k_cache), v_cache=torch.ones_like(call.v_cache))
+    for wrong in (
+        {"block_table": torch.full_like(call.block_table, 2**31 - 1)},
+        {"block_table": torch.full_like(call.block_table, -(2**31))},
+        {"seqused_k": torch.tensor([2**31 - 1, -5], dtype=torch.int32)},
+        {"cu_seqlens_q": torch.tensor([-7, 2**30, 2**31 - 1], dtype=torch.int32)},
+    ):
+        broken = replace(finite, **wrong)
+        args = arguments(call, causal=True)._replace(**broken.tables)
+        out, _ = kernel_of(broken, 2).forward(broken.q, broken.k_cache, broken.v_cache, args)
+        rows = out.float().abs().sum(-1)
+        if "cu_seqlens_q" not in wrong:
+            assert ((rows - 64).abs().lt(1e-3) | rows.eq(0)).all()
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_batch_invariance(sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence's bits depend on nothing but itself, while tiles, splits and launches of the batch change."""
+    monkeypatch.setattr(splits, "INVARIANT_SPLIT", 64)
+    extra = {"sinks": torch.tensor([0.1, 0.2])} if sinks else {}
+    q_lens, k_lens = [1, 4, 12, 8], [150, 40, 60, 70]
+    call = make(q_lens, k_lens, heads=2, kv_heads=1, head_dim=16)
+    whole, lse = check(call, causal=True, batch_invariant=True, **extra)
+    for b in range(4):
+        a, z = call.cu_seqlens_q[b], call.cu_seqlens_q[b + 1]
+        alone = replace(
+            call, q=call.q[a:z], cu_seqlens_q=torch.tensor([0, z - a], dtype=torch.int32),
+            block_table=call.block_table[b : b + 1], seqused_k=call.seqused_k[b : b + 1],
+        )  # fmt: skip
+        out, own = check(alone, causal=True, batch_invariant=True, **extra)
+        assert torch.equal(out, whole[a:z])
+        assert torch.equal(own, lse[:, a:z])
+
+
+@pytest.mark.parametrize(("heads", "num_splits"), [(16, 1), (40, 3), (128, 1)])
+def test_mla(heads: int, num_splits: int) -> None:
+    call = make([1, 2, 0, 1], [300, 33, 9, 64], heads=heads, kv_heads=1, head_dim=48, head_dim_v=32, mla=True, tail=2)
+    check(call, num_splits, causal=True)
+
+
+def test_mla_of_every_kind() -> None:
+    sizes: dict[str, Any] = {"heads": 4, "kv_heads": 1, "mla": True}
+    check(make([1, 1], [70, 5], head_dim=576, head_dim_v=512, block_size=64, dtype=torch.bfloat16, **sizes))
+    check(make([20, 1], [70, 5], head_dim=50, head_dim_v=33, block_size=1, **sizes), causal=True)
+    check(make([3, 1], [70, 5], head_dim=32, head_dim_v=32, **sizes), causal=True, softcap=3.0, window_size=(9, 2))
+    sinks, scale = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor(0.6)
+    for device in (H200, A100):
+        call = make([1, 3], [70, 5], head_dim=96, head_dim_v=64, dtype=torch.bfloat16, kv_dtype=E4M3, **sizes)
+        check(call, causal=True, sinks=sinks, k_descale=scale, v_descale=scale, device=device)
+
+
+def test_a_prepared_call_serves_other_numbers() -> None:
+    """Lengths, scale and softcap of a second call are its own; shapes decide what is kept."""
+    kernel = kernel_of(make([1, 1], [40, 40]))
+    for lengths, scale in (([40, 40], 0.1), ([3, 38], 0.5)):
+        call = make([1, 1], lengths, seed=len(lengths))
+        call = replace(call, block_table=call.block_table[:, :3].contiguous())
+        args = arguments(call, softmax_scale=scale, max_seqlen_k=40)
+        out, _ = kernel.forward(call.q, call.k_cache, call.v_cache, args)
+        given = (call.q, call.k_cache, call.v_cache)
+        reference, _ = attention_paged_oracle(*given, **call.tables, softmax_scale=scale)
+        plain, _ = plain_attention_paged(*given, **call.tables, softmax_scale=scale)
+        assert_close(out, reference, plain, what="out")
+
+
+@pytest.mark.parametrize("case", PAGED_CASES, ids=lambda case: case.name)
+def test_conformance(case: PagedCase) -> None:
+    """Everything in the kit but what it refuses, which must be float64 or FP8 queries and nothing else."""
+    outcome = check_paged_backend(BACKEND, case, dtype=torch.float16, device=H200)
+    assert outcome.ran or {reason.code for reason in outcome.reasons} <= {"dtype"}, outcome.reasons

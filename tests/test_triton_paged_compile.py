@@ -1,0 +1,232 @@
+"""The serving kernels for GPUs that are not here: registers, spills, shared memory; how a call is cut into launches."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from crosscompile import ARCHS, Compiled, assert_fits, compile_launch
+from vllm_accel.dispatch.backend import PagedArgs
+from vllm_accel.kernels.triton import kv_write_launch, merge_launch, paged_launch, pages, splits
+from vllm_accel.kernels.triton.launch import Launch
+from vllm_accel.kernels.triton.splits import Sizes, Work
+from vllm_accel.kernels.triton.tiles import Tile
+
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+NO_E4M3 = ("sm_80", "sm_86")
+#: Query tokens and heads of a group that take each height of tile.
+HEIGHTS = {"m16": (1, 4), "m32": (4, 8), "m64": (8, 8), "prefill": (64, 4)}
+
+
+def launch_of(
+    arch: str,
+    height: str = "m16",
+    head_dim: int = 128,
+    dtype: torch.dtype = BF16,
+    kv_dtype: torch.dtype | None = None,
+    block_size: int = 16,
+    mla: bool = False,
+    **options: Any,
+) -> tuple[Launch, Launch]:
+    """Return the attention and combine launches of a kind of call on an architecture, made of meta tensors."""
+    kv_dtype = kv_dtype or dtype
+    q_len, group = HEIGHTS[height]
+    heads, kv_heads, head_dim_v = (q_len * group, 1, 512) if mla else (group * 2, 2, head_dim)
+    if mla:
+        q_len, head_dim = 1, 576
+
+    def meta(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, device="meta", dtype=of)
+
+    ints, floats = torch.int32, torch.float32
+    tokens = 32 * q_len
+    q, k = meta(tokens, heads, head_dim), meta(100, block_size, kv_heads, head_dim, of=kv_dtype)
+    v = k[..., :head_dim_v]
+    descale = meta(of=floats) if kv_dtype.itemsize == 1 else None
+    values = {
+        "alibi_slopes": None, "sinks": None, "q_descale": None, "k_descale": descale, "v_descale": descale,
+        "max_seqlen_q": q_len, "max_seqlen_k": 4096, "softmax_scale": 0.1, "causal": q_len > 1, "window_size": (-1, -1),
+        "softcap": 0.0, "need_lse": True, "deterministic": False, "batch_invariant": False,
+    }  # fmt: skip
+    args = PagedArgs(meta(33, of=ints), meta(32, 256, of=ints), meta(32, of=ints), **{**values, **options})
+    sizes = paged_launch.sizes_of(q, v, args)
+    (work,) = splits.plan_work(
+        sizes, lambda rows: paged_launch.choose_tile(arch, rows, head_dim, head_dim_v, dtype, kv_dtype, mla), 132
+    )
+    out, lse = meta(tokens, heads, head_dim_v), meta(heads, tokens, of=floats)
+    part = meta(splits.scratch((work,), sizes), of=floats)
+    attention = paged_launch.attention_launch(
+        work, q, k, v, out, lse, part, args, mla=mla, native_e4m3=arch not in NO_E4M3
+    )
+    return attention, paged_launch.combine_launch(work, out, lse, part, args)
+
+
+def spills_between_products(compiled: Compiled) -> int:
+    """Count what is spilled from the first product to the last. Before and after, it costs microseconds once."""
+    code = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", compiled.sass, re.MULTILINE)
+    products = [i for i, op in enumerate(code) if op in ("HMMA", "HGMMA", "UTCHMMA")]
+    assert products, str(compiled)
+    return sum(op in ("STL", "LDL") for op in code[products[0] : products[-1]])
+
+
+def assert_good(launch: Launch, arch: str, blocks: int = 1) -> None:
+    compiled = compile_launch(launch, arch)
+    on_nvidia = arch.startswith("sm_")
+    assert_fits(compiled, arch, max_spills=10**6 if on_nvidia else 0, blocks=blocks)
+    if on_nvidia:
+        assert spills_between_products(compiled) == 0, str(compiled)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kv_dtype", [BF16, E4M3], ids=["16 bit", "e4m3"])
+def test_decode_fits(arch: str, kv_dtype: torch.dtype) -> None:
+    """At least three blocks share a multiprocessor of a data-centre GPU: their loads hide each other's latency."""
+    attention, _ = launch_of(arch, kv_dtype=kv_dtype)
+    assert_good(attention, arch, blocks=3 if arch in ("sm_80", "sm_90", "sm_100") else 1)
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_90", "gfx942"])
+@pytest.mark.parametrize("height", ["m64", "prefill"])
+def test_longer_queries_fit(arch: str, height: str) -> None:
+    assert_good(launch_of(arch, height)[0], arch)
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_90", "gfx942"])
+def test_mla_fits(arch: str) -> None:
+    assert_good(launch_of(arch, "m16", mla=True)[0], arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("height", HEIGHTS)
+@pytest.mark.parametrize(
+    "kind", [*itertools.product((64, 128, 256, 512), (BF16, E4M3, torch.float32)), "mla", "mla e4m3"]
+)
+def test_every_tile_fits(arch: str, height: str, kind: Any) -> None:
+    if isinstance(kind, str):
+        assert_good(launch_of(arch, height, mla=True, kv_dtype=E4M3 if "e4m3" in kind else BF16)[0], arch)
+        return
+    head_dim, dtype = kind
+    if dtype is torch.float32:
+        compiled = compile_launch(launch_of(arch, height, head_dim, dtype)[0], arch)
+        assert_fits(compiled, arch, tensor_cores=False)
+        return
+    assert_good(launch_of(arch, height, head_dim, kv_dtype=dtype)[0], arch)
+
+
+def test_every_option_at_once_compiles() -> None:
+    def f32(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    options = {
+        "alibi_slopes": f32(32, 8), "sinks": f32(8), "q_descale": f32(2), "k_descale": f32(32, 2), "softcap": 5.0,
+        "window_size": (100, 5), "batch_invariant": True,
+    }  # fmt: skip
+    attention, combine = launch_of("sm_90", dtype=E4M3, **options)
+    assert_good(attention, "sm_90")
+    assert_fits(compile_launch(combine, "sm_90"), "sm_90", tensor_cores=False)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_combine_merge_and_write_fit(arch: str) -> None:
+    def meta(*shape: int, of: torch.dtype = BF16) -> Tensor:
+        return torch.empty(shape, device="meta", dtype=of)
+
+    k, cache = meta(9, 8, 128), meta(40, 16, 8, 128, of=E4M3)
+    outs, lses = [meta(2, 9, 8, 128)] * 4, [meta(2, 8, 9, of=torch.float32)] * 4
+    scale, slots = meta(of=torch.float32), meta(9, of=torch.int64)
+    for launch in (
+        launch_of(arch)[1],
+        launch_of(arch, mla=True)[1],
+        kv_write_launch.write_kv_launch(k, k, cache, cache, slots, scale, scale),
+        merge_launch.merge_launch(outs, lses, None, outs[0], lses[0]),
+    ):
+        assert_fits(compile_launch(launch, arch), arch, tensor_cores=False)
+
+
+# --- how a call is cut up --------------------------------------------------------------------------------------------
+
+
+def test_the_shortest_split_is_the_same_on_host_and_device() -> None:
+    assert pages.MIN_SPLIT.value == splits.MIN_SPLIT
+
+
+@pytest.mark.parametrize(
+    ("blocks", "places", "keys"), [*itertools.product((1, 8, 64, 256, 500, 900), (132, 528), (1, 300, 4096, 2**20))]
+)
+def test_splits_fill_the_device(blocks: int, places: int, keys: int) -> None:
+    chosen = splits.choose_splits(blocks, places, keys)
+    most = max(1, min(splits.MAX_SPLITS, -(-keys // 256)))
+    assert 1 <= chosen <= most
+
+    def fill(n: int) -> float:
+        waves = -(-blocks * n // places)
+        return blocks * n / (waves * places)
+
+    best = max(fill(n) for n in range(1, most + 1))
+    if blocks < 4 * places:
+        assert fill(chosen) >= 0.85 * best
+        assert all(fill(n) < 0.85 * best for n in range(1, chosen))
+    else:
+        assert chosen == 1
+
+
+def test_known_cases() -> None:
+    """On 132 multiprocessors with room for 4 blocks each, 8 key heads."""
+    assert splits.choose_splits(32 * 8, 528, 4096) == 2
+    assert splits.choose_splits(128 * 8, 528, 4096) == 1
+    assert splits.choose_splits(8, 528, 32768) in range(56, 67)
+    assert splits.choose_splits(8, 528, 256) == 1
+
+
+def rows_computed(work: Work, sizes: Sizes, q_len: int) -> int:
+    """Return how many rows of a sequence and key head a launch computes."""
+    group = sizes.num_heads // sizes.num_kv_heads
+    if not work.low_q <= q_len <= work.high_q:
+        return 0
+    return q_len * group if work.search else min(q_len * group, work.tiles * work.tile.block_m)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(
+    "lengths", [[1], [1] * 40, [4, 1, 8], [9], [700], [700, 1, 1, 8, 9], [2000, 2000], [1, 0, 33], [5, 100000, 1]]
+)
+def test_every_row_is_computed_once(lengths: list[int], batch_invariant: bool) -> None:
+    for group, max_k, sinks in itertools.product((1, 4, 5, 128), (1, 700, 100000), (False, True)):
+        sizes = Sizes(sum(lengths) + 3, len(lengths), 2 * group, 2, 64, max(lengths), max_k, 0, batch_invariant, sinks)
+
+        def tile(rows: int) -> Tile:
+            return Tile(16 if rows <= 16 else 64, 32, 4, 2)
+
+        works = splits.plan_work(sizes, tile, 132)
+        for q_len in lengths:
+            assert sum(rows_computed(work, sizes, q_len) for work in works) == q_len * group
+        assert sum(work.tail for work in works) == 1
+        for work in works:
+            assert work.split or work.num_splits == 1
+            assert work.num_splits * max(work.fixed, 1) >= max_k or not work.fixed
+            if work.search:
+                regions = sum(-(-(n * group) // work.tile.block_m) for n in [*lengths, 3])
+                assert work.tiles >= regions
+        needed = max((w.num_splits * w.part_rows for w in works if w.split), default=0)
+        assert splits.scratch(works, sizes) == needed * sizes.num_heads * 65
+        if batch_invariant:
+            # Tile and splits of a sequence of 5 tokens are those it has alone.
+            alone = splits.plan_work(sizes._replace(tokens=5, batch=1, max_seqlen_q=5), tile, 132)
+            mine = [w for w in works if w.low_q <= 5 <= w.high_q]
+            assert [(w.tile, w.fixed, w.split) for w in mine] == [(w.tile, w.fixed, w.split) for w in alone]
+
+
+def test_scratch_is_bounded_by_the_device() -> None:
+    """Splits multiply the rows of few tiles only: never more than about what the device runs at a time."""
+    for tokens, batch in ((100000, 1), (3000, 3), (64, 1), (16, 16), (4096, 4096)):
+        sizes = Sizes(tokens, batch, 32, 8, 128, max(1, tokens // batch), 131072, 0, False, False)
+        works = splits.plan_work(sizes, lambda rows: Tile(16 if rows <= 16 else 64, 32, 4, 2), 132)
+        assert splits.scratch(works, sizes) <= 4 * 2 * 4 * 132 * 64 * 129

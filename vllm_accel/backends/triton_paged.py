@@ -1,0 +1,110 @@
+"""Paged and latent attention in our own Triton kernels: what `triton` does for a spec with Feature.PAGED."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_accel.backends.triton import tf32_allowed
+from vllm_accel.dispatch.backend import PagedArgs
+from vllm_accel.dispatch.device import Device
+from vllm_accel.dispatch.spec import AttentionSpec, Feature
+from vllm_accel.kernels.triton import paged_launch, splits
+from vllm_accel.kernels.triton.launch import Bound
+from vllm_accel.kernels.triton.tiles import Tile
+
+#: Prepared calls that are kept: one per shape, and a decode that grows has a new one per quarter octave.
+_KEPT = 256
+_NO_OPTIONS = (None,) * 5
+
+
+def bind_paged(spec: AttentionSpec, device: Device, num_splits: int = 0) -> TritonPaged:
+    """Return the kernel for paged calls of this kind, MLA included.
+
+    Args:
+        num_splits: forced, for tests and measurements; 0 chooses by the device.
+    """
+    return TritonPaged(spec, device, num_splits)
+
+
+class _Prepared:
+    """Everything about a call that its shapes decide."""
+
+    __slots__ = ("launches", "scratch")
+
+    def __init__(self, launches: list[tuple[Bound, Bound | None]], scratch: int) -> None:
+        self.launches, self.scratch = launches, scratch
+
+
+class TritonPaged:
+    """Paged attention of one kind. Launches are prepared once per shape; a call allocates, and launches them."""
+
+    def __init__(self, spec: AttentionSpec, device: Device, num_splits: int = 0) -> None:
+        cc = device.compute_capability
+        # Ampere has no instruction for e4m3 and Triton refuses the type there; e5m2 is the upper half of a float16.
+        self._native_e4m3 = cc is None or cc >= (8, 9)
+        self._mla = Feature.MLA in spec.features
+        self._fp32_products = spec.dtype is torch.float32 and device.platform == "cuda"
+        self._sm_count, self._num_splits = device.sm_count or 64, num_splits
+        self._out_dtype = torch.bfloat16 if spec.dtype.itemsize == 1 else spec.dtype
+        kind = (spec.head_dim, spec.head_dim_v, spec.dtype, spec.kv_dtype, self._mla)
+
+        def tile_for(rows: int) -> Tile:
+            return paged_launch.choose_tile(device.arch, rows, *kind)
+
+        self._tile_for: Callable[[int], Tile] = tile_for
+        self._prepared: dict[Any, _Prepared] = {}
+
+    def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, args: PagedArgs) -> tuple[Tensor, Tensor | None]:
+        """Compute out and lse; see `dispatch.backend.PagedKernel`."""
+        kinds: tuple[Any, ...] = _NO_OPTIONS
+        options = (args.alibi_slopes, args.sinks, args.q_descale, args.k_descale, args.v_descale)
+        if any(t is not None for t in options):
+            a, s, *d = [None if t is None else t.contiguous() for t in options]
+            args = args._replace(alibi_slopes=a, sinks=s, q_descale=d[0], k_descale=d[1], v_descale=d[2])
+            kinds = tuple([None if t is None else (t.dim(), t.dtype) for t in (a, s, *d)])
+        table = args.block_table
+        tf32 = self._fp32_products and tf32_allowed()
+        key = (
+            q.shape, q.stride(), k_cache.shape, k_cache.stride(), v_cache.shape, v_cache.stride(), table.shape,
+            table.stride(0), args.max_seqlen_q, args.max_seqlen_k, args.causal, args.window_size, args.softcap != 0.0,
+            args.need_lse, args.batch_invariant, kinds, tf32, q.device,
+        )  # fmt: skip
+        prepared = self._prepared.get(key)
+        tokens, heads = q.shape[:2]
+        out = torch.empty((tokens, heads, v_cache.shape[3]), dtype=self._out_dtype, device=q.device)
+        lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device) if args.need_lse else None
+        if prepared is None:
+            prepared = self._prepare(q, k_cache, v_cache, out, lse, args, tf32)
+            if len(self._prepared) >= _KEPT:
+                self._prepared.clear()
+            self._prepared[key] = prepared
+        part = torch.empty(prepared.scratch, dtype=torch.float32, device=q.device) if prepared.scratch else None
+        tensors = paged_launch.attention_tensors(q, k_cache, v_cache, out, lse, part, args, self._native_e4m3)
+        for attention, combine in prepared.launches:
+            attention(tensors, (args.softmax_scale, args.softcap))
+            if combine is not None and part is not None:
+                combine(paged_launch.combine_tensors(out, lse, part, args))
+        return out, lse
+
+    def _prepare(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor | None, args: PagedArgs, tf32: bool
+    ) -> _Prepared:
+        sizes = paged_launch.sizes_of(q, v_cache, args)
+        works = splits.plan_work(sizes, self._tile_for, self._sm_count, self._num_splits)
+        scratch = splits.scratch(works, sizes)
+        part = torch.empty(scratch, dtype=torch.float32, device=q.device) if scratch else None
+        launches: list[tuple[Bound, Bound | None]] = []
+        for work in works:
+            launch = paged_launch.attention_launch(
+                work, q, k_cache, v_cache, out, lse, part, args,
+                mla=self._mla, native_e4m3=self._native_e4m3, tf32=tf32,
+            )  # fmt: skip
+            joined = None
+            if work.split and part is not None:
+                joined = Bound(paged_launch.combine_launch(work, out, lse, part, args))
+            launches.append((Bound(launch), joined))
+        return _Prepared(launches, scratch)
