@@ -1,0 +1,2 @@
+#define ISA_NAME avx2
+#include "isa.hpp"

@@ -1,0 +1,2 @@
+#define ISA_NAME avx512
+#include "isa.hpp"

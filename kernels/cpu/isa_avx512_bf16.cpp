@@ -1,0 +1,2 @@
+#define ISA_NAME avx512_bf16
+#include "isa.hpp"

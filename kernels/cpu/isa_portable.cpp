@@ -1,0 +1,2 @@
+#define ISA_NAME portable
+#include "isa.hpp"

@@ -1,0 +1,109 @@
+// From products of queries and keys to logits: scale, softcap, ALiBi, bias and masks, for one query row.
+
+// What a row (query i, head h) of a sequence is subject to.
+struct Row {
+  int i, h, lo, hi;    // visible keys [lo, hi)
+  int64_t diagonal;    // the key that query i is aligned with
+  float slope;         // in units of log2
+  const char* bias;    // row of attn_bias, or null
+};
+
+AI float table_at(const Table& t, int b, int h) {
+  return load_scalar(t.type, t.data + (b * t.batch + h * t.head) * type_size(t.type));
+}
+
+// softmax_scale with the factors of quantised queries and keys.
+AI float scale_of(const Job& j, int b, int kv_head) {
+  float scale = j.scale;
+  if (j.q_descale.data) scale *= table_at(j.q_descale, b, kv_head);
+  if (j.k_descale.data) scale *= table_at(j.k_descale, b, kv_head);
+  return scale;
+}
+
+AI bool plain(const Job& j) { return j.softcap == 0 && !j.slopes.data && !j.bias.data; }
+
+AI Row row_of(const Job& j, const Sequence& s, int b, int i, int h) {
+  Row row;
+  row.i = i;
+  row.h = h;
+  row.diagonal = static_cast<int64_t>(i) + s.n_k - s.n_q;
+  const Span span = visible(j, s, i);
+  row.lo = span.lo;
+  row.hi = span.hi;
+  row.slope = j.slopes.data ? LOG2E * table_at(j.slopes, b, h) : 0;
+  row.bias = nullptr;
+  if (j.bias.data)
+    row.bias = j.bias.data + (b * j.bias.batch + h * j.bias.head + i * j.bias.query) * type_size(j.bias.type);
+  return row;
+}
+
+// n lanes of attn_bias, `stride` elements apart, in units of log2.
+AI vf bias_lanes(int type, const char* p, int64_t stride, int n) {
+  const int64_t size = type_size(type);
+  alignas(64) char copy[4 * VL] = {};
+  if (stride == 0 && n > 0) {
+    for (int x = 0; x < VL; x++) __builtin_memcpy(copy + x * size, p, size);
+  } else if (stride == 1 && n >= VL) {
+    __builtin_memcpy(copy, p, VL * size);
+  } else {
+    for (int x = 0; x < n; x++) __builtin_memcpy(copy + x * size, p + x * stride * size, size);
+  }
+  if (type == BOOL) {
+    const vi set = __builtin_convertvector(*reinterpret_cast<const vb_any*>(copy), vi);
+    return set != 0 ? vf{} : set1(-INF);
+  }
+  return load_typed(type, copy, VL) * set1(LOG2E);
+}
+
+AI vf hide(vf x, const Row& row, int k) {
+  const vi key = iota() + k;
+  return key >= row.lo && key < row.hi ? x : set1(-INF);
+}
+
+// One vector of logits in units of log2, without the mask. Lane x stands `distance` + x from the diagonal, and its bias
+// lies x * `bias_stride` elements from `bias` (null for none; n lanes exist). `cap_slope` receives the derivative of the
+// softcap if it is not null.
+AI vf logit(const Job& j, vf product, float scale, float slope, int64_t distance, const char* bias, int64_t bias_stride,
+            int n, vf* cap_slope) {
+  vf x;
+  if (j.softcap != 0) {
+    const vf t = tanhv(product * set1(scale / j.softcap));
+    if (cap_slope) *cap_slope = set1(1.f) - t * t;
+    x = t * set1(j.softcap * LOG2E);
+  } else {
+    x = product * set1(scale * LOG2E);
+  }
+  if (slope != 0) {
+    const vf away = __builtin_convertvector(iota() + static_cast<int32_t>(distance), vf);
+    x -= set1(slope) * (away < vf{} ? -away : away);
+  }
+  if (bias) x += bias_lanes(j.bias.type, bias, bias_stride, n);
+  return x;
+}
+
+// A query with keys k..; and a key with queries i.. of the head that `row` is a row of.
+AI vf row_logit(const Job& j, const Row& row, vf product, float scale, int k, int n_k, vf* cap_slope) {
+  const char* bias = row.bias ? row.bias + k * j.bias.key * type_size(j.bias.type) : nullptr;
+  return logit(j, product, scale, row.slope, k - row.diagonal, bias, j.bias.key, least(VL, n_k - k), cap_slope);
+}
+AI vf column_logit(const Job& j, const Row& row, vf product, float scale, int key, int i, int n_q, vf* cap_slope) {
+  const int64_t query = i - row.i;
+  const int size = type_size(j.bias.type);
+  const char* bias = row.bias ? row.bias + (key * j.bias.key + query * j.bias.query) * size : nullptr;
+  return logit(j, product, scale, row.slope, row.diagonal + query - key, bias, j.bias.query, least(VL, n_q - i),
+               cap_slope);
+}
+
+// Rewrite s[0..n) (n a multiple of VL), products with keys k0.., as logits in units of log2, hidden ones -inf.
+static __attribute__((noinline)) void logits(const Job& j, const Row& row, float scale, int k0, int n, int n_k,
+                                             float* s) {
+  for (int x = 0; x < n; x += VL)
+    store(s + x, hide(row_logit(j, row, load(s + x), scale, k0 + x, n_k, nullptr), row, k0 + x));
+}
+
+// Hide alone, where the plain scale is applied later.
+AI void hide_ends(const Row& row, int k0, int n, float* s) {
+  if (row.lo <= k0 && row.hi >= k0 + n) return;
+  for (int x = 0; x < n; x += VL)
+    if (row.lo > k0 + x || row.hi < k0 + x + VL) store(s + x, hide(load(s + x), row, k0 + x));
+}
