@@ -36,10 +36,10 @@ demo: $(STAMP)
 	$(PY) -m vllm_accel.cli.demo $(ARGS)
 
 test: $(STAMP)
-	$(PY) -m pytest -q -m "not slow" $(ARGS)
+	$(PY) tests/run.py -q -m "not slow" $(ARGS)
 
 test-all: $(STAMP)
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) tests/run.py -q $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

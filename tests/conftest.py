@@ -1,7 +1,13 @@
 """What every test relies on; imports nothing heavy, so that collecting one file stays quick."""
 
+from __future__ import annotations
+
 import contextlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 # The settings of the person who runs the tests must not decide what the tests see.
 for _name in [name for name in os.environ if name.startswith("VLLM_")]:
@@ -23,3 +29,45 @@ with contextlib.suppress(ImportError):
     # kernel compiles or loads it, which takes a hundred times as long as the second.
     settings.register_profile("vllm_accel", deadline=None, derandomize=True, print_blob=True)
     settings.load_profile("vllm_accel")
+
+INTERPRETED = Path(__file__).resolve().parent / "interpreted"
+_INTERPRET = "TRITON_INTERPRET"
+
+
+def _is_interpreted(path: Path) -> bool:
+    return INTERPRETED in (path, *path.parents)
+
+
+def _belongs_here(path: Path) -> bool:
+    """Tell whether a test is for this process: those in tests/interpreted are where Triton interprets, no others."""
+    return _is_interpreted(path) == (os.environ.get(_INTERPRET, "").lower() in ("1", "true", "yes", "on", "y"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Interpret kernels where nothing else was named: ``pytest tests/interpreted/test_x.py``."""
+    named = [Path(argument.partition("::")[0]).resolve() for argument in config.args]
+    if named and all(map(_is_interpreted, named)):
+        os.environ.setdefault(_INTERPRET, "1")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave what belongs to the other process unread."""
+    return None if collection_path in INTERPRETED.parents or _belongs_here(collection_path) else True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what was named on the command line and yet belongs to the other process."""
+    others = [item for item in items if not _belongs_here(item.path)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if _belongs_here(item.path)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the user's compiled kernels and tile tables out of the tests, and the tests out of those."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        tables = tmp_path_factory.mktemp("tiles")
+        patch.setattr("vllm_accel.kernels.triton.tiles.user_directory", lambda: tables)
+        yield

@@ -17,6 +17,7 @@ from benchmarks import check, contest, machine, shapes, timing
 from benchmarks import dispatch as dispatch_benchmark
 from benchmarks.attention_calls import AUTO, BY_HAND, contestants, step
 from benchmarks.contest import Contest, Contestant
+from host import FIRST_ON_CPU
 
 ROOT = Path(__file__).resolve().parent.parent
 ABOUT = {"command", "date", "cpu", "cores", "gpu", "threads", "python", "torch", "cuda", "packages", "load"}
@@ -127,7 +128,7 @@ def test_attention_measures_every_backend_on_every_shape(attention_run: tuple[st
     for report in data["shapes"]:
         assert report["shape"]["name"] in printed
         assert {AUTO, BY_HAND, "reference", "sdpa_cpu"} <= {result["name"] for result in report["results"]}
-        assert report["chosen"] == "sdpa_cpu" and "platform" not in report["refused"]
+        assert report["chosen"] == FIRST_ON_CPU and "platform" not in report["refused"]
         assert report["matmul_tflops"] > 0 and report["copy_gbs"] > 0
         for result in report["results"]:
             assert result["seconds"] > 0 and result["tflops"] > 0 and len(result["rounds"]) == 2, result
@@ -147,7 +148,7 @@ def test_attention_reports_a_backend_that_raises_or_is_wrong(monkeypatch: pytest
     assert attention_benchmark.main(["--quick", "--rounds", "1", "--shapes", "causal"]) == 1
     printed = capsys.readouterr().out
     assert "RuntimeError: no kernel image" in printed and "wrong" in printed and "AssertionError" in printed
-    assert "attention() = sdpa_cpu" in printed
+    assert f"attention() = {FIRST_ON_CPU}" in printed
 
 
 def test_a_shape_that_does_not_fit_becomes_text(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

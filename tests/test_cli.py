@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import vllm_accel
+from host import FIRST_ON_CPU
 from vllm_accel.cli import main
 from vllm_accel.dispatch.selection import State
 
@@ -106,7 +107,7 @@ def test_explain_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--q", "1,64,8,64", "--causal", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert "on cpu" in text
-    assert "-> sdpa_cpu [shipped order" in text
+    assert f"-> {FIRST_ON_CPU} [shipped order" in text
     assert "not on cpu" in text
     assert main(["explain", "--q", "1,64,8,64", "--device", "t4"]) == 0
     assert "every package is taken as installed" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from host import FIRST_ON_CPU, FIRST_WITH_SOFTCAP
 from vllm_accel import UnsupportedCallError, attention, attention_varlen, explain
 from vllm_accel.testing import CASES, Case
 from vllm_accel.testing.conformance import check_call
@@ -79,13 +80,15 @@ def test_sdpa_cpu_short_ways(case: Case, dtype: str) -> None:
     check_call(_call("sdpa_cpu"), case, dtype=DTYPES[dtype])
 
 
-def test_automatic_choice_takes_the_torch_kernel_where_it_can() -> None:
+def test_automatic_choice_takes_the_fastest_kernel_that_can() -> None:
     q = torch.randn(1, 8, 2, 16)
-    assert explain(attention, q, q, q).chosen == "sdpa_cpu"
-    assert explain(attention, q, q, q, softcap=2.0).chosen == "reference"
+    assert explain(attention, q, q, q).chosen == FIRST_ON_CPU
+    assert explain(attention, q, q, q, softcap=2.0).chosen == FIRST_WITH_SOFTCAP
+    assert explain(attention, *(q.double(),) * 3).chosen == "sdpa_cpu"
+    assert explain(attention, q, q, q, dropout_p=0.1).chosen == "reference"
 
 
-@pytest.mark.parametrize("name", ["reference", "sdpa_cpu"])
+@pytest.mark.parametrize("name", dict.fromkeys(["reference", "sdpa_cpu", FIRST_ON_CPU]))
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in ("gqa", "varlen_causal", "deterministic")], ids=str)
 def test_same_bits_on_every_run(name: str, case: Case) -> None:
     inputs = case.make(torch.float32)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from vllm_accel.cli import console, doctor, doctor_backends, doctor_machine, doc
 from vllm_accel.dispatch import registry
 from vllm_accel.dispatch.backend import TorchBackend
 from vllm_accel.dispatch.capability import Capability
-from vllm_accel.dispatch.device import preset
+from vllm_accel.dispatch.device import Device, preset
 from vllm_accel.dispatch.selection import Candidate, Selection, State
 from vllm_accel.dispatch.spec import PLAIN, Feature
 from vllm_accel.errors import Reason
+from vllm_accel.kernels.triton import toolchain
 
 ENTRY_A, ENTRY_B = "A" * 52, "ab" * 32
 
@@ -130,7 +133,7 @@ def test_doctor_says_what_runs_here() -> None:
     assert rows(report, "torch")["version"]["value"] == str(torch.__version__)
     assert rows(report, "system")["Python"]["value"].endswith(sys.version.split()[0])
     assert "glibc" in rows(report, "system")
-    assert {"C compiler", "Python.h", "triton", "ptxas", "nvcc", "ninja", "Triton cache"} == set(
+    assert {"C compiler", "Python.h", "triton", "ptxas", "nvcc", "ninja", "Triton cache"} <= set(
         rows(report, "toolchain")
     )
     packages = rows(report, "packages")
@@ -177,13 +180,13 @@ def test_doctor_flags_gpus_of_different_kinds(monkeypatch: pytest.MonkeyPatch) -
         ("VLLM_ACCEL_NOISE", "1", 2, "VLLM_ACCEL_NOISE is not a setting"),
         ("VLLM_USE_TRITON_FLASH_ATTN", "2", 2, "is not a switch; use 1, 0, true or false"),
         ("VLLM_ACCEL_LIFT_KNOWN_BAD", "no-such-row", 2, "no known-bad row 'no-such-row'"),
-        ("VLLM_USE_TRITON_FLASH_ATTN", "1", 1, "has no effect: this version has no Triton attention backend"),
+        ("VLLM_USE_TRITON_FLASH_ATTN", "1", 1, "has no effect: there is no GPU here"),
     ],
 )
 def test_doctor_reports_a_wrong_setting(
     setting: pytest.MonkeyPatch, variable: str, value: str, code: int, text: str
 ) -> None:
-    setting.setattr(doctor_settings, "_has_triton", lambda: False)
+    setting.setattr(doctor_settings, "_has_gpu", lambda: False)
     setting.setenv(variable, value)
     report = doctor.examine()
     assert report["exit_code"] == code
@@ -258,36 +261,62 @@ def test_no_private_path_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "cache"
-    for name in (ENTRY_A, ENTRY_B, "notes"):
+    for name in (ENTRY_A, ENTRY_B):
         (path / name).mkdir(parents=True)
-        (path / name / "kernel.cubin").write_text("x")
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "keep").write_text("x")
-    (path / ("B" * 52)).symlink_to(outside)
+        (path / name / "kernel.cubin").write_text("x" * 1024**2)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "keep").write_text("x")
+    (path / ENTRY_A / "link").symlink_to(tmp_path / "outside")
+    (path / ENTRY_A / "kernel.ptx").symlink_to(tmp_path / "outside" / "keep")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(path))
     return path
 
 
-def test_clearing_removes_tritons_entries_only(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--clear-triton-cache", "--yes"]) == 0
-    assert "Removed 2 compiled kernels" in capsys.readouterr().out
-    assert sorted(path.name for path in cache.iterdir()) == ["B" * 52, "notes"]
-    assert (cache.parent / "outside" / "keep").exists()
-    assert main(["doctor", "--clear-triton-cache", "--yes"]) == 0
+CLEAR = ["doctor", "--clear-triton-cache", "--yes"]
+
+
+def test_clearing_removes_tritons_entries(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(CLEAR) == 0
+    assert "Removed 2 compiled kernels (2.0 MiB)" in capsys.readouterr().out
+    assert list(cache.iterdir()) == []
+    assert (cache.parent / "outside" / "keep").exists()  # no link was followed
+    assert main(CLEAR) == 0
     assert "Nothing to clear" in capsys.readouterr().out
 
 
 def test_clearing_asks(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert main(["doctor", "--clear-triton-cache"]) == 2  # nobody to ask
+    assert main(CLEAR[:2]) == 2  # nobody to ask
     assert "nothing was removed" in capsys.readouterr().err
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: "n")
-    assert main(["doctor", "--clear-triton-cache"]) == 2
+    assert main(CLEAR[:2]) == 2
     assert (cache / ENTRY_A).is_dir()
     monkeypatch.setattr("builtins.input", lambda question: "y")
-    assert main(["doctor", "--clear-triton-cache"]) == 0
+    assert main(CLEAR[:2]) == 0
     assert not (cache / ENTRY_A).exists()
+
+
+def _untouched(cache: Path) -> bool:
+    return all((cache / name / "kernel.cubin").is_file() for name in (ENTRY_A, ENTRY_B))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "link to nothing", "short name"])
+def test_clearing_refuses_a_directory_with_anything_else_in_it(
+    kind: str, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = cache / ("notes" if kind in ("folder", "file") else "B" * (51 if kind == "short name" else 52))
+    if kind in ("folder", "short name"):
+        other.mkdir()
+    elif kind == "file":
+        other.write_text("mine")
+    else:  # planted by someone else, under a name that looks like Triton's
+        other.symlink_to(cache.parent / ("outside" if kind == "link" else "nowhere"))
+    assert main(CLEAR) == 2
+    error = capsys.readouterr().err
+    assert f"holds what is not Triton's ({other.name!r})" in error
+    assert "nothing was removed" in error
+    assert _untouched(cache)
+    assert (cache.parent / "outside" / "keep").exists()
 
 
 def test_clearing_refuses_a_symbolic_link(
@@ -295,21 +324,111 @@ def test_clearing_refuses_a_symbolic_link(
 ) -> None:
     link = cache.parent / "link"
     link.symlink_to(cache)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(link))
-    assert main(["doctor", "--clear-triton-cache", "--yes"]) == 2
-    assert "is a symbolic link" in capsys.readouterr().err
+    for spelled in (link, f"{link}/", f"{link}/."):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(spelled))
+        assert main(CLEAR) == 2
+        assert "is a symbolic link" in capsys.readouterr().err
     monkeypatch.delenv("TRITON_CACHE_DIR")
     home = cache.parent / "home"
     home.mkdir()
     (home / ".triton").symlink_to(cache.parent)
     monkeypatch.setenv("TRITON_HOME", str(home))
-    assert main(["doctor", "--clear-triton-cache", "--yes"]) == 2
-    assert (cache / ENTRY_A).is_dir()
+    assert main(CLEAR) == 2
+    assert "is a symbolic link" in capsys.readouterr().err
+    assert _untouched(cache)
+
+
+def test_clearing_refuses_a_home_and_a_root(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cache / "people" / "jane").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(cache / "people" / "jane"))
+    for place in ("/", str(cache), str(cache / "people"), str(cache / "people" / "jane"), f"{cache}/people/jane/.."):
+        monkeypatch.setenv("TRITON_CACHE_DIR", place)
+        assert main(CLEAR) == 2
+        assert "is your home directory or above it" in capsys.readouterr().err
+    assert _untouched(cache)
+
+
+def test_clearing_refuses_what_is_no_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
+    assert main(CLEAR) == 2
+    assert "is not a directory" in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    assert main(CLEAR) == 2
+    assert "TRITON_CACHE_DIR is set to nothing" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_clearing_says_what_it_could_not_remove(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.rmtree
+
+    def rmtree(path: Path) -> None:
+        if path.name == ENTRY_A:
+            raise PermissionError(13, "Permission denied", str(path))
+        real(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    assert main(CLEAR) == 1
+    told = capsys.readouterr()
+    assert "Removed 1 compiled kernels (1.0 MiB)" in told.out
+    assert "1 could not be removed: PermissionError" in told.err
 
 
 def test_a_cache_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setenv("TRITON_HOME", str(tmp_path))
-    assert main(["doctor", "--clear-triton-cache", "--yes"]) == 0
-    found = {row["tool"]: row["found"] for row in doctor_machine.toolchain_rows()}
-    assert found["Triton cache"] == f"{tmp_path}/.triton/cache (does not exist)"
+    assert main(CLEAR) == 0
+    assert tools()["Triton cache"].startswith(f"{tmp_path}/.triton/cache (does not exist; ")
+
+
+def tools(device: Device | None = None) -> dict[str, str]:
+    return {row["tool"]: row["found"] for row in doctor_machine.toolchain_rows(device)}
+
+
+def test_the_toolchain_names_the_cache_and_its_place(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "free_space", lambda place: 5 * 1024**3)
+    monkeypatch.setattr(toolchain, "file_system", lambda path: "nfs4")
+    assert tools()["Triton cache"] == f"{cache} (2 entries; 5120 MiB free on nfs4 (network))"
+    assert "is on a network file system (nfs4)" in tools()["Triton: note"]
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != cache)
+    toolchain.forget()
+    assert "NOT writable, 5120 MiB free" in tools()["Triton cache"]
+    toolchain.forget()
+
+
+def test_the_toolchain_says_whether_ptxas_knows_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    assert ", knows sm_90 (" in tools(preset("h100"))["ptxas"]
+    assert ", knows sm_100 (" in tools(preset("b200"))["ptxas"]
+    newer = replace(preset("b200"), arch="sm_199")
+    assert ", does NOT know sm_199 (" in tools(newer)["ptxas"]
+    assert "does not know sm_199a" in tools(newer)["Triton cannot compile"]
+    assert "knows" not in tools(preset("mi300x"))["ptxas"]
+    assert "knows" not in tools()["ptxas"]
+
+
+def test_the_toolchain_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    found = tools()
+    assert found["C compiler"].startswith("MISSING: apt-get install gcc")
+    assert "neither gcc nor clang is on PATH" in found["Triton cannot compile"]
+
+
+def test_the_toolchain_names_another_triton_than_torch_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "triton_version", lambda: "3.9.0")
+    asked = ['triton==3.7.1; platform_system == "Linux"', 'triton==1.0; extra == "other"', "numpy"]
+    monkeypatch.setattr(doctor_machine.metadata, "requires", lambda name: asked)
+    monkeypatch.setattr(doctor_machine.platform, "system", lambda: "Linux")
+    assert doctor_machine._triton() == f"3.9.0; torch {torch.__version__} asks for ==3.7.1"
+    monkeypatch.setattr(toolchain, "triton_version", lambda: "3.7.1")
+    assert doctor_machine._triton() == "3.7.1"
+    monkeypatch.setattr(toolchain, "triton_version", lambda: None)
+    assert doctor_machine._triton() == "not installed"

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import math
+import operator
 import os
 import sys
 import warnings
@@ -18,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fakes import aten, flash_attn_2, flash_attn_3, flash_attn_4, install, kernel, xformers_fmha
+from fakes import aten, flash_attn_2, flash_attn_3, flash_attn_4, flashinfer, install, kernel, xformers_fmha
 from fakes import flash_attn_2_ops as fa2
 from fakes import xformers_attn_bias as masks
 from vllm_accel.testing.oracle import (
@@ -98,7 +99,9 @@ def real(name: str) -> ModuleType | str:
         return f"{name} cannot be imported: {type(error).__name__}: {error}"
 
 
-REAL = {name: real(name) for name in ("flash_attn.cute.interface", "xformers.ops.fmha", "mslk.attention.fmha")}
+FLASHINFER = ("flashinfer", "flashinfer.decode", "flashinfer.prefill", "flashinfer.mla")
+LIBRARIES = ("flash_attn.cute.interface", "xformers.ops.fmha", "mslk.attention.fmha", *FLASHINFER)
+REAL = {name: real(name) for name in LIBRARIES}
 XFORMERS_FUNCTIONS = [name for name in vars(xformers_fmha) if name.startswith("memory_efficient_attention")]
 SIGNATURES = [
     *(("flash_attn.cute.interface", name, getattr(flash_attn_4, name))
@@ -108,6 +111,12 @@ SIGNATURES = [
       for name in XFORMERS_FUNCTIONS if not name.endswith("partial")),
     ("mslk.attention.fmha", "memory_efficient_attention_partial",
      xformers_fmha.mslk_memory_efficient_attention_partial),
+    *(("flashinfer", f"BatchPrefillWithPagedKVCacheWrapper.{name}",
+       getattr(flashinfer.BatchPrefillWithPagedKVCacheWrapper, name)) for name in ("__init__", "plan", "run")),
+    ("flashinfer.decode", "xqa_batch_decode_with_kv_cache", flashinfer.xqa_batch_decode_with_kv_cache),
+    ("flashinfer.decode", "trtllm_batch_decode_with_kv_cache", flashinfer.trtllm_batch_decode_with_kv_cache),
+    ("flashinfer.prefill", "trtllm_batch_context_with_kv_cache", flashinfer.trtllm_batch_context_with_kv_cache),
+    ("flashinfer.mla", "trtllm_batch_decode_with_kv_cache_mla", flashinfer.trtllm_batch_decode_with_kv_cache_mla),
 ]  # fmt: skip
 MASKS = [name for name, kind in vars(masks).items() if inspect.isclass(kind) and issubclass(kind, masks.AttentionBias)]
 MASKS = [name for name in MASKS if name not in ("_Blocks", "AttentionBias")]
@@ -127,7 +136,7 @@ def installed(library: str) -> pytest.MarkDecorator:
     [pytest.param(*row, marks=installed(row[0]), id=f"{row[0]}.{row[1]}") for row in SIGNATURES],
 )
 def test_signatures_are_those_of_the_library(library: str, name: str, fake: Callable[..., Any]) -> None:
-    assert parameters(fake) == parameters(getattr(REAL[library], name))
+    assert parameters(fake) == parameters(operator.attrgetter(name)(REAL[library]))
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -862,6 +871,12 @@ PLACES = {
     "flash_attn_4": [("flash_attn.cute", "flash_attn_func"), ("flash_attn.cute.interface", "_flash_attn_fwd")],
     "xformers": [("xformers.ops", "memory_efficient_attention"), ("xformers.ops.fmha.attn_bias", "BlockDiagonalMask")],
     "mslk": [("mslk.attention.fmha", "memory_efficient_attention_partial")],
+    "flashinfer": [
+        ("flashinfer", "BatchPrefillWithPagedKVCacheWrapper"),
+        ("flashinfer.decode", "xqa_batch_decode_with_kv_cache"),
+        ("flashinfer.prefill", "trtllm_batch_context_with_kv_cache"),
+        ("flashinfer.mla", "trtllm_batch_decode_with_kv_cache_mla"),
+    ],
     "aten": [],
 }
 

@@ -124,7 +124,12 @@ def test_exact_lists(name: str, device: Device, expected: list[str]) -> None:
         ("flash_attn_4", "b200", C | Feature.WINDOW_LEFT, (256,), []),
         ("flash_attn_4", "b200", G | Feature.LSE_GRAD, (192, 128), []),
         ("flash_attn_4", "h100", D, (64,), ["feature:dropout"]),
-        ("flash_attn_4", "h100", Feature.PAGED, (64,), ["feature:paged"]),
+        ("flash_attn_2", "a100", Feature.PAGED, (64,), []),
+        ("flash_attn_2", "a100", Feature.PAGED, (64, 48), ["paged_head_dim"]),
+        ("flash_attn_3", "h100", Feature.PAGED, (64,), ["finite_tail"]),
+        ("flash_attn_4", "h100", Feature.PAGED, (64,), ["finite_tail"]),
+        ("flash_attn_4", "h100", Feature.PAGED | Feature.FINITE_TAIL, (256,), []),
+        ("flash_attn_4", "b200", Feature.PAGED | Feature.FINITE_TAIL, (136,), ["paged_blackwell"]),
     ],
 )
 def test_combinations(name: str, device: str, features: Feature, dims: tuple[int, ...], expected: list[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.memory import CASES, LENGTHS
+from host import FIRST_ON_CPU, FIRST_WITH_SOFTCAP
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's account of a process")
 
@@ -70,7 +71,7 @@ def test_memory_is_linear_in_every_case(name: str, slow: dict[str, list[dict[str
 
 def test_the_cases_reach_both_cpu_backends(quick: dict[str, list[dict[str, Any]]]) -> None:
     assert {name: rows[0]["backend"] for name, rows in quick.items()} == {
-        name: "reference" if name.startswith("softcap") else "sdpa_cpu" for name in QUICK
+        name: FIRST_WITH_SOFTCAP if name.startswith("softcap") else FIRST_ON_CPU for name in QUICK
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from host import FIRST_ON_CPU
 from vllm_accel import (
     BackendUnavailableError,
     Device,
@@ -125,7 +126,7 @@ DOCUMENT = {
     "rtx4090": (True, "flash_attn_2"),
     "v100": (False, "xformers"),
     "t4": (False, "xformers"),
-    "cpu": (False, "sdpa_cpu"),
+    "cpu": (False, "cpu"),
     "mps": (False, "reference"),
 }
 
@@ -205,7 +206,7 @@ def test_selecting_for_every_gpu_takes_milliseconds() -> None:
 
 
 def test_the_shipped_order_is_known_names_only() -> None:
-    planned = {"flashinfer", "tensorrt_llm", "triton", "gluon_hopper", "cpu"}
+    planned = {"flashinfer", "tensorrt_llm", "gluon_hopper", "cpu"}
     for device in PRESETS.values():
         order = shipped_order("attention", device)
         assert len(order) == len(set(order)) and order[-1] == "reference"
@@ -289,7 +290,7 @@ def test_use_backend_is_local_to_a_thread() -> None:
         worker.start()
         worker.join()
         assert explain(attention, *_qkv()).chosen == "reference"
-    assert seen == ["sdpa_cpu"]
+    assert seen == [FIRST_ON_CPU]
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -323,58 +324,65 @@ def test_a_change_after_the_first_call_is_reported_and_not_obeyed(monkeypatch: p
     attention(q, k, v)
     monkeypatch.setenv("VLLM_ACCEL_ATTENTION_BACKEND", "reference")
     selection = explain(attention, q, k, v)
-    assert selection.chosen == "sdpa_cpu"
+    assert selection.chosen == FIRST_ON_CPU
     assert any("has changed since it was read" in line for line in selection.settings)
     reload_settings()
     assert explain(attention, q, k, v).chosen == "reference"
 
 
 def test_disabled_backends_are_gone_even_for_explicit_use(env) -> None:
-    env(VLLM_ACCEL_DISABLED_BACKENDS="sdpa_cpu,gemm:reference")
+    env(VLLM_ACCEL_DISABLED_BACKENDS="cpu,sdpa_cpu,gemm:reference")
     q, k, v = _qkv()
     assert explain(attention, q, k, v).chosen == "reference"
     with pytest.raises(BackendUnavailableError, match="VLLM_ACCEL_DISABLED_BACKENDS"):
         attention(q, k, v, backend="sdpa_cpu")
 
 
-@pytest.fixture
-def triton_stand_in(toy):
-    return toy("triton", 7.0, before="sdpa_cpu", platforms=frozenset({"cuda"}), dtypes=frozenset({torch.float16}))
-
-
 @pytest.mark.parametrize(
     ("value", "chosen"), [("1", "triton"), ("TRUE", "triton"), ("0", "flash_attn_2"), (None, "flash_attn_2")]
 )
-def test_the_triton_switch(env, triton_stand_in, value: str | None, chosen: str) -> None:
+def test_the_triton_switch(env, value: str | None, chosen: str) -> None:
     if value is not None:
         env(VLLM_USE_TRITON_FLASH_ATTN=value)
     selection = explain(attention, *_meta(), device="a100")
     assert selection.chosen == chosen
     assert (selection.decided_by == "VLLM_USE_TRITON_FLASH_ATTN=1") is (chosen == "triton")
-    if value == "0":
+    reasons = {"0": "use_triton", None: "first_call"}
+    if value in reasons:
         assert selection["triton"].state is State.HELD_BACK
+        assert [r.code for r in selection["triton"].reasons] == [reasons[value]]
+    if value == "0":
         assert "VLLM_USE_TRITON_FLASH_ATTN=0" in str(selection["triton"])
 
 
-def test_an_explicit_name_wins_over_the_triton_switch(env, triton_stand_in) -> None:
+def test_an_explicit_name_wins_over_the_triton_switch(env) -> None:
     env(VLLM_USE_TRITON_FLASH_ATTN="0")
     assert explain(attention, *_meta(), device="a100", backend="triton").chosen == "triton"
     env(VLLM_USE_TRITON_FLASH_ATTN="1")
     assert explain(attention, *_meta(), device="a100", backend="xformers").chosen == "xformers"
 
 
+def test_the_triton_kernels_stand_before_pytorchs_once_they_are_built(env) -> None:
+    env(VLLM_ACCEL_DISABLED_BACKENDS="flash_attn,xformers,mslk")
+    selection = explain(attention, *_meta(), device="a100")
+    assert selection.chosen == "sdpa_flash" and selection["triton"].state is State.HELD_BACK
+    warm.mark_warm("attention", "triton", selection.spec, PRESETS["a100"])
+    assert explain(attention, *_meta(), device="a100").chosen == "triton"
+
+
 def test_the_triton_switch_says_so_where_it_has_no_effect(env) -> None:
     env(VLLM_USE_TRITON_FLASH_ATTN="1")
-    if "triton" in backends():
-        pytest.fail("the Triton backend has arrived: test the switch with it")
-    assert any("has no effect" in line for line in explain(attention, *_qkv()).settings)
+    selection = explain(attention, *_qkv())
+    assert selection.chosen == FIRST_ON_CPU
+    assert any("has no effect on cpu" in line for line in selection.settings)
+    assert not any("has no effect" in line for line in explain(attention, *_meta(), device="a100").settings)
 
 
 # --- what automatic choice leaves out --------------------------------------------------------------------------------
 
 
 def test_quadratic_memory_is_never_automatic(toy) -> None:
-    toy("toy_dense", 2.0, before="sdpa_cpu", linear_memory=False)
+    toy("toy_dense", 2.0, before="cpu", linear_memory=False)
     q, k, v = _qkv()
     selection = explain(attention, q, k, v)
     assert selection["toy_dense"].state is State.HELD_BACK and "O(Sq*Sk)" in str(selection["toy_dense"])
@@ -382,7 +390,7 @@ def test_quadratic_memory_is_never_automatic(toy) -> None:
 
 
 def test_a_compiling_backend_waits_for_warmup(toy) -> None:
-    built = toy("toy_jit", 3.0, before="sdpa_cpu", first_call_seconds=20.0)
+    built = toy("toy_jit", 3.0, before="cpu", first_call_seconds=20.0)
     q, k, v = _qkv()
     assert "20 s" in str(explain(attention, q, k, v)["toy_jit"])
     assert attention(q, k, v).sub(3.0).any() and built.runs == 0
@@ -390,23 +398,23 @@ def test_a_compiling_backend_waits_for_warmup(toy) -> None:
     assert not attention(q, k, v).sub(3.0).any()
     longer = tuple(torch.cat([t, t], 1) for t in (q, k, v))
     assert explain(attention, *longer).chosen == "toy_jit", "built for any length"
-    assert explain(attention, q, k, v, causal=True).chosen == "sdpa_cpu", "another kind of call is not built"
+    assert explain(attention, q, k, v, causal=True).chosen == FIRST_ON_CPU, "another kind of call is not built"
     assert warmup(attention, q, k, v) == ()
 
 
 def test_a_graph_per_shape_is_for_training_at_fixed_shapes(toy) -> None:
-    toy("toy_graph", 4.0, before="sdpa_cpu", per_shape_cost=True)
+    toy("toy_graph", 4.0, before="cpu", per_shape_cost=True)
     q, k, v = _qkv()
     assert explain(attention, q, k, v)["toy_graph"].state is State.HELD_BACK
     assert explain(attention, q.requires_grad_(), k, v).chosen == "toy_graph"
 
 
 def test_a_plan_that_is_not_capture_safe_is_not_taken_during_capture(toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_accel.ops.run import _outside_capture
+    from vllm_accel.ops.run import outside_capture
 
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    check = _outside_capture(lambda *tensors: True)
+    check = outside_capture(lambda *tensors: True)
     assert check(1)
     capturing = True
     assert not check(1)
@@ -420,8 +428,8 @@ def test_a_plan_that_is_not_capture_safe_is_not_taken_during_capture(toy, monkey
 
 def test_exact_sizes_are_guarded_inside_one_bucket(toy) -> None:
     guard = Guard("even", lambda spec, sizes: f"{sizes.seqlen_k} keys is odd" if sizes.seqlen_k % 2 else None)
-    toy("toy_even", 5.0, before="sdpa_cpu", guards=(guard,))
-    for keys, chosen in ((1024, "toy_even"), (1025, "sdpa_cpu"), (1026, "toy_even")):
+    toy("toy_even", 5.0, before="cpu", guards=(guard,))
+    for keys, chosen in ((1024, "toy_even"), (1025, FIRST_ON_CPU), (1026, "toy_even")):
         q, k = torch.randn(1, 4, 1, 8), torch.randn(1, keys, 1, 8)
         assert explain(attention, q, k, k).chosen == chosen
         assert (attention(q, k, k) == 5.0).all().item() is (chosen == "toy_even")
@@ -434,11 +442,11 @@ def test_exact_sizes_are_guarded_inside_one_bucket(toy) -> None:
 
 
 def test_a_failing_launch_falls_back_once_and_is_remembered(toy, caplog: pytest.LogCaptureFixture) -> None:
-    bad = toy("toy_bad", 0.0, before="sdpa_cpu", fails=RuntimeError("no kernel image is available"))
+    bad = toy("toy_bad", 0.0, before="cpu", fails=RuntimeError("no kernel image is available"))
     q, k, v = _qkv()
     with caplog.at_level(logging.WARNING, "vllm_accel"):
         first, second = attention(q, k, v), attention(q, k, v)
-    assert torch.equal(first, attention(q, k, v, backend="sdpa_cpu")) and torch.equal(first, second)
+    assert torch.equal(first, attention(q, k, v, backend=FIRST_ON_CPU)) and torch.equal(first, second)
     assert bad.runs == 1
     assert [r for r in caplog.records if "toy_bad" in r.message and "no kernel image" in r.message].__len__() == 1
     shown = explain(attention, q, k, v)["toy_bad"]
@@ -450,7 +458,7 @@ def test_a_failing_launch_falls_back_once_and_is_remembered(toy, caplog: pytest.
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), ValueError("bad argument"), MemoryError()])
 def test_errors_that_are_the_callers_are_raised(toy, error: Exception) -> None:
-    toy("toy_bad", 0.0, before="sdpa_cpu", fails=error)
+    toy("toy_bad", 0.0, before="cpu", fails=error)
     with pytest.raises(type(error)):
         attention(*_qkv())
     assert explain(attention, *_qkv()).chosen == "toy_bad"
@@ -458,17 +466,17 @@ def test_errors_that_are_the_callers_are_raised(toy, error: Exception) -> None:
 
 @pytest.mark.parametrize("option", ["deterministic", "batch_invariant"])
 def test_a_reproducible_call_never_falls_back(toy, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    toy("toy_bad", 0.0, before="sdpa_cpu", fails=RuntimeError("broken"))
+    toy("toy_bad", 0.0, before="cpu", fails=RuntimeError("broken"))
     warm.record_self_test("attention", "toy_bad", explain(attention, *_qkv()).device, True)
     with pytest.raises(RuntimeError, match="broken"):
         attention(*_qkv(), **{option: True})
 
 
 def test_a_failure_with_gradients_falls_back_too(toy) -> None:
-    toy("toy_bad", 0.0, before="sdpa_cpu", fails=RuntimeError("broken"))
+    toy("toy_bad", 0.0, before="cpu", fails=RuntimeError("broken"))
     q, k, v = (t.requires_grad_() for t in _qkv())
     out = attention(q, k, v)
-    want = attention(q, k, v, backend="sdpa_cpu")
+    want = attention(q, k, v, backend=FIRST_ON_CPU)
     assert torch.equal(out, want)
     assert torch.equal(*(torch.autograd.grad(o.sum(), q)[0] for o in (out, want)))
 
@@ -483,7 +491,7 @@ def test_a_poisoned_context_is_raised() -> None:
 
 
 def test_a_backend_that_fails_to_bind_is_quarantined(toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = toy("toy_bad", 0.0, before="sdpa_cpu")
+    bad = toy("toy_bad", 0.0, before="cpu")
 
     def bind(spec: Any, device: Device) -> Any:
         raise OSError("undefined symbol: _ZN3c105Error")
@@ -500,7 +508,7 @@ def test_a_batch_invariance_claim_is_proven_before_it_is_used(toy) -> None:
             return out * (1 + q.shape[0] * 1e-3), lse, None
 
     liar = Liar("toy_liar", 1.0, dtypes=frozenset({torch.float32, torch.bfloat16}))
-    register_backend("attention", liar, before="sdpa_cpu")
+    register_backend("attention", liar, before="cpu")
     try:
         out = attention(*_qkv(), batch_invariant=True)
         assert liar.runs > 0 and out.sub(1.001).abs().max() > 0.01
@@ -594,7 +602,7 @@ def test_every_option_changes_the_spec() -> None:
     assert len({spec.features for spec in specs.values()}) == len(specs)
 
 
-@pytest.mark.parametrize("name", ["reference", "sdpa_cpu"])
+@pytest.mark.parametrize("name", dict.fromkeys(["reference", "sdpa_cpu", FIRST_ON_CPU]))
 def test_every_option_changes_the_output_or_is_refused(name: str) -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 8, 4, 16, generator=g) for _ in range(3))
@@ -632,7 +640,7 @@ def test_explain_is_data_and_reads_well() -> None:
 
 
 def test_explain_launches_nothing(toy) -> None:
-    backend = toy("toy_probe", 1.0, before="sdpa_cpu")
+    backend = toy("toy_probe", 1.0, before="cpu")
     explain(attention, *_qkv())
     explain(attention, *_qkv(), batch_invariant=True)
     assert backend.runs == 0
@@ -644,7 +652,7 @@ def test_explain_takes_the_calls_of_the_library_only() -> None:
     cu = torch.tensor([0, 3], dtype=torch.int32)
     q = torch.randn(3, 2, 16)
     packed = explain(attention_varlen, q, q, q, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=3, max_seqlen_k=3)
-    assert packed.chosen == "sdpa_cpu" and Feature.VARLEN in packed.spec.features
+    assert packed.chosen == FIRST_ON_CPU and Feature.VARLEN in packed.spec.features
 
 
 def test_the_function_backends_outlives_the_package_of_that_name() -> None:
@@ -655,16 +663,16 @@ def test_the_function_backends_outlives_the_package_of_that_name() -> None:
 
 
 def test_a_third_partys_broken_availability_check_is_a_reason(toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = toy("toy_odd", 1.0, before="sdpa_cpu")
+    backend = toy("toy_odd", 1.0, before="cpu")
     monkeypatch.setattr(backend, "unavailable_reason", lambda: 1 / 0)
     selection = explain(attention, *_qkv())
-    assert selection.chosen == "sdpa_cpu" and selection["toy_odd"].state is State.UNAVAILABLE
+    assert selection.chosen == FIRST_ON_CPU and selection["toy_odd"].state is State.UNAVAILABLE
     assert "division by zero" in str(selection["toy_odd"])
 
 
 def test_a_call_does_not_import_what_it_will_not_take(toy, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    backend = toy("toy_jit", 3.0, before="sdpa_cpu", first_call_seconds=20.0)
+    backend = toy("toy_jit", 3.0, before="cpu", first_call_seconds=20.0)
     monkeypatch.setattr(backend, "unavailable_reason", lambda: asked.append(1))
     attention(*_qkv(), causal=True)
     assert not asked

@@ -16,25 +16,36 @@ from vllm_accel.dispatch.selection import Candidate, Selection, State
 from vllm_accel.dispatch.settings import reload_settings
 from vllm_accel.errors import BackendUnavailableError, Reason, UnsupportedCallError, VllmAccelError
 from vllm_accel.ops.attention import attention, attention_varlen
+from vllm_accel.ops.cache import PagedKVCache
+from vllm_accel.ops.cache_blocks import CacheFullError
+from vllm_accel.ops.cache_step import CacheStep
 from vllm_accel.ops.explain import explain
 from vllm_accel.ops.gemm import gemm
 from vllm_accel.ops.merge import merge_attention
+from vllm_accel.ops.mla import attention_mla
 from vllm_accel.ops.module import Attention
+from vllm_accel.ops.paged import attention_paged
 from vllm_accel.ops.warmup import warmup
+from vllm_accel.ops.write_kv import write_kv
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Attention",
     "BackendUnavailableError",
+    "CacheFullError",
+    "CacheStep",
     "Candidate",
     "Device",
+    "PagedKVCache",
     "Reason",
     "Selection",
     "State",
     "UnsupportedCallError",
     "VllmAccelError",
     "attention",
+    "attention_mla",
+    "attention_paged",
     "attention_varlen",
     "backends",
     "explain",
@@ -44,6 +55,7 @@ __all__ = [
     "reload_settings",
     "use_backend",
     "warmup",
+    "write_kv",
 ]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fakes import kernel
 from fakes.flash_attn_2_ops import (
     _check_int32,
+    _check_table,
     _flash_attn_backward,
     _flash_attn_forward,
     _flash_attn_varlen_backward,
@@ -156,14 +157,14 @@ def flash_attn_with_kvcache(
     assert k_cache.stride(-1) == 1, "k_cache must have contiguous last dimension"
     assert v_cache.stride(-1) == 1, "v_cache must have contiguous last dimension"
     q = maybe_contiguous(q)
+    kernel.check_aligned(q=q, k_cache=k_cache, v_cache=v_cache)
     batch, seqlen_q, heads, dim = q.shape
     softmax_scale = dim ** (-0.5) if softmax_scale is None else softmax_scale
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full((k_cache.shape[0],), cache_seqlens, dtype=torch.int32)
     if block_table is not None:
-        _check_int32(block_table=maybe_contiguous(block_table))
+        _check_table(block_table, batch)
         check(k_cache.shape[1] % 256 == 0, "Paged KV cache block size must be divisible by 256")
-        check(block_table.shape[0] == batch, f"block_table must have shape ({batch}, max_num_blocks_per_seq)")
     _check_int32(seqlens_k=cache_seqlens)
     check(cache_seqlens is None or tuple(cache_seqlens.shape) == (batch,), f"seqlens_k must have shape ({batch})")
     capacity = k_cache.shape[1] * (block_table.shape[1] if block_table is not None else 1)

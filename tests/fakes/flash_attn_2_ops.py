@@ -89,6 +89,12 @@ def _check_int32(**tensors: Tensor | None) -> None:
             check(x.is_contiguous(), f"{name} must be contiguous")
 
 
+def _check_table(block_table: Tensor, batch: int) -> None:
+    check(block_table.dtype == torch.int32, "block_table must have dtype torch.int32")
+    check(block_table.stride(-1) == 1, "block_table must have contiguous last dimension")
+    check(block_table.shape[0] == batch, f"block_table must have shape ({batch}, max_num_blocks_per_seq)")
+
+
 def _rng(p_dropout: float) -> Tensor:
     # fwd allocates it always and the kernel fills it only with dropout.
     return kernel.draw_rng_state() if p_dropout > 0.0 else torch.full((2,), -(2**62), dtype=torch.int64)
@@ -176,9 +182,8 @@ def _flash_attn_varlen_forward(
     check(batch > 0, "batch size must be positive")
     check(leftpad_k is None and not return_softmax, "the fake does not model leftpad_k and return_softmax here")
     if block_table is not None:
-        _check_int32(block_table=block_table)
+        _check_table(block_table, batch)
         check(k.shape[1] % 256 == 0, "Paged KV cache block size must be divisible by 256")
-        check(block_table.shape[0] == batch, f"block_table must have shape ({batch}, max_num_blocks_per_seq)")
     _check_shape("k", k, *k.shape[:-2], heads_k, dim)
     _check_shape("v", v, *k.shape)
     _check_shape("cu_seqlens_k", cu_seqlens_k, batch + 1)

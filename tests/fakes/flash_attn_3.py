@@ -139,9 +139,10 @@ def _flash_attn_forward(
     v = v.contiguous() if v.stride(-1) != 1 and v.stride(-3) != 1 else v
     _check_tensors(q, k, v, forward=True)
     _check_int32(
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
-        page_table=page_table,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k
     )  # fmt: skip
+    table = page_table is None or (page_table.dtype == torch.int32 and page_table.stride(-1) == 1)
+    check(table, "page_table must be int32 with a contiguous last dimension")
     check(cu_seqlens_q is None or max_seqlen_q is not None, "max_seqlen_q must be provided if cu_seqlens_q is")
     check(cu_seqlens_k is None or max_seqlen_k is not None, "max_seqlen_k must be provided if cu_seqlens_k is")
     check(cu_seqlens_k is None or page_table is None, "If cu_seqlens_k is passed in, page table is not supported")

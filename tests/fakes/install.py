@@ -15,15 +15,25 @@ from typing import Any
 
 import torch
 
-from fakes import aten, flash_attn_2, flash_attn_2_ops, flash_attn_3, flash_attn_4, xformers_attn_bias, xformers_fmha
+from fakes import (
+    aten,
+    flash_attn_2,
+    flash_attn_2_ops,
+    flash_attn_3,
+    flash_attn_4,
+    flashinfer,
+    xformers_attn_bias,
+    xformers_fmha,
+)
 
-NAMES = ("aten", "flash_attn_2", "flash_attn_3", "flash_attn_3_old", "flash_attn_4", "mslk", "xformers")
+NAMES = ("aten", "flash_attn_2", "flash_attn_3", "flash_attn_3_old", "flash_attn_4", "flashinfer", "mslk", "xformers")
 
 _DISTRIBUTIONS = {
     "flash_attn_2": {"flash-attn": "2.8.3"},
     "flash_attn_3": {"flash-attn-3": "3.0.0", "flash_attn_3": "3.0.0"},
     "flash_attn_3_old": {"flash-attn-3": "3.0.0", "flash_attn_3": "3.0.0"},
     "flash_attn_4": {"flash-attn-4": "4.0.0b36", "flash_attn_4": "4.0.0b36"},
+    "flashinfer": {"flashinfer-python": "0.7.2.post1"},
     "xformers": {"xformers": "0.0.35"},
     "mslk": {"mslk": "1.1.0", "mslk-cuda": "1.1.0"},
 }
@@ -74,6 +84,10 @@ def _modules(name: str) -> tuple[dict[str, dict[str, Any]], ModuleType]:
         # flash_attn itself is a namespace package there, without __init__ and without functions.
         parent = {} if "flash_attn" in sys.modules else {"flash_attn": {}}
         return {**parent, "flash_attn.cute": public, "flash_attn.cute.interface": interface}, flash_attn_4
+    if name == "flashinfer":
+        public = _public(flashinfer)
+        parts = ("flashinfer.decode", "flashinfer.mla", "flashinfer.prefill")
+        return {"flashinfer": public, **dict.fromkeys(parts, public)}, flashinfer
     fmha = _public(xformers_fmha)
     masks = _public(xformers_attn_bias)
     if name == "xformers":

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_accel.dispatch.backend import AttentionArgs
+from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
 
 
-def window(args: AttentionArgs) -> tuple[int, int]:
+def window(args: AttentionArgs | PagedArgs) -> tuple[int, int]:
     """Return (left, right) with causal folded in as right = 0; -1 is unlimited."""
     left, right = args.window_size
     return (left, 0) if args.causal else (left, right)

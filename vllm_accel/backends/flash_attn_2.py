@@ -26,7 +26,7 @@ from vllm_accel.backends.convert import (
     with_dlse_column,
 )
 from vllm_accel.backends.library import Found, Function, Library, installed_version, look_up, matches, require
-from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads
+from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads, PagedArgs, PagedKernel
 from vllm_accel.dispatch.capability import Capability, Rule
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.spec import AttentionSpec, Feature
@@ -37,15 +37,21 @@ _OPTIONS = (
 )  # fmt: skip
 _LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "zero_tensors")
 _BACKWARD = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", "deterministic", "rng_state", *_OPTIONS)
+_PAGED_LENGTHS = (*_LENGTHS, "block_table", "seqused_k")
+_KVCACHE = (
+    "q", "k_cache", "v_cache", "cache_seqlens", "block_table", "softmax_scale", "causal", "window_size", "softcap",
+    "alibi_slopes", "num_splits", "return_softmax_lse",
+)  # fmt: skip
 _MODULE = "flash_attn.flash_attn_interface"
 
 LIBRARY = Library(
     label="flash-attn 2",
     functions=(
         Function(_MODULE, "_flash_attn_forward", ("q", "k", "v", "return_softmax", *_OPTIONS)),
-        Function(_MODULE, "_flash_attn_varlen_forward", ("q", "k", "v", "return_softmax", *_OPTIONS, *_LENGTHS)),
+        Function(_MODULE, "_flash_attn_varlen_forward", ("q", "k", "v", "return_softmax", *_OPTIONS, *_PAGED_LENGTHS)),
         Function(_MODULE, "_flash_attn_backward", _BACKWARD),
         Function(_MODULE, "_flash_attn_varlen_backward", (*_BACKWARD, *_LENGTHS)),
+        Function(_MODULE, "flash_attn_with_kvcache", _KVCACHE),
     ),
     # 2.7 made the operators take each side of the window, and return four results instead of eight.
     versions=">=2.7,<3",
@@ -69,6 +75,12 @@ def _blackwell(spec: AttentionSpec, device: Device) -> str | None:
     return None
 
 
+def _blocks(spec: AttentionSpec, device: Device) -> str | None:
+    if Feature.PAGED not in spec.features or spec.block_size % 256 == 0:
+        return None
+    return f"takes blocks of a multiple of 256 tokens; this cache has blocks of {spec.block_size}"
+
+
 class FlashAttn2Backend:
     """The backend `flash_attn_2`."""
 
@@ -78,7 +90,7 @@ class FlashAttn2Backend:
         # setup.py builds 80, 90, 100 and 120; code for sm_80 runs on every sm_8x. There is none for Turing.
         compute_capabilities=frozenset({(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)}),
         dtypes=rules.DTYPES,
-        features=rules.COMMON | Feature.ALIBI | Feature.DROPOUT | Feature.DETERMINISTIC,
+        features=rules.COMMON | Feature.PAGED | Feature.ALIBI | Feature.DROPOUT | Feature.DETERMINISTIC,
         max_head_dim=rules.MAX_HEAD_DIM,
         min_cuda=(11, 8),  # the document's minimum, and the first CUDA with sm_90
         rules=(
@@ -87,8 +99,11 @@ class FlashAttn2Backend:
             rules.DROPOUT_BACKWARD,
             rules.DLSE_COLUMN,
             rules.GRID_HEADS,
+            Rule("block_size", _blocks),
+            rules.PAGED_HEADS,
         ),
         guards=(rules.GRID_BATCH,),
+        notes=(rules.PAGED_ALIGNED,),
     )
 
     def version(self) -> str | None:
@@ -100,9 +115,14 @@ class FlashAttn2Backend:
         found = look_up(LIBRARY)
         return found if isinstance(found, Reason) else None
 
-    def bind(self, spec: AttentionSpec, device: Device) -> FlashAttn2Kernel:
+    def bind(self, spec: AttentionSpec, device: Device) -> FlashAttn2Kernel | PagedKernel:
         """Return the kernel over the installed library."""
-        return FlashAttn2Kernel(require(self.name, look_up(LIBRARY)))
+        found = require(self.name, look_up(LIBRARY))
+        if Feature.PAGED in spec.features:
+            from vllm_accel.backends.flash_attn_2_paged import FlashAttn2Paged
+
+            return FlashAttn2Paged(found)
+        return FlashAttn2Kernel(found)
 
 
 class FlashAttn2Kernel:
@@ -227,7 +247,7 @@ def _lengths(args: AttentionArgs, q: Tensor, k: Tensor) -> dict[str, Any]:
     }
 
 
-def open_right_is_cut(args: AttentionArgs) -> bool:
+def open_right_is_cut(args: AttentionArgs | PagedArgs) -> bool:
     """Tell whether the library would cut keys from a window that is open (or as good as) to the right.
 
     set_params_fprop in flash_api.cpp replaces an unlimited right side, and first any that is at least the key length,
@@ -238,7 +258,7 @@ def open_right_is_cut(args: AttentionArgs) -> bool:
     return is_open and args.max_seqlen_q > args.max_seqlen_k
 
 
-def longest_k(args: AttentionArgs) -> int:
+def longest_k(args: AttentionArgs | PagedArgs) -> int:
     """Return the maximum key length to claim, from which the library derives its limits on windows."""
     return args.max_seqlen_q if open_right_is_cut(args) else args.max_seqlen_k
 

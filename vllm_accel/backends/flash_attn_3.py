@@ -24,14 +24,15 @@ from vllm_accel.backends.convert import (
     with_dlse_column,
 )
 from vllm_accel.backends.library import Found, Function, Library, accepts, first_usable, installed_version, require
-from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads
+from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads, PagedKernel
 from vllm_accel.dispatch.capability import Capability, Rule
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.spec import AttentionSpec, Feature
 from vllm_accel.errors import Reason
 
 _LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-_FORWARD = ("q", "k", "v", "softmax_scale", "causal", "softcap", "num_splits", *_LENGTHS)
+_PAGED = ("page_table", "seqused_k")
+_FORWARD = ("q", "k", "v", "softmax_scale", "causal", "softcap", "num_splits", *_LENGTHS, *_PAGED)
 _BACKWARD = (
     "dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", "softmax_scale", "softcap", "deterministic",
     *_LENGTHS,
@@ -73,6 +74,7 @@ LIBRARIES = tuple(
 _FLAGS = {
     Feature.GRAD: "BACKWARD",
     Feature.VARLEN: "VARLEN",
+    Feature.PAGED: "PAGEDKV",
     Feature.SOFTCAP: "SOFTCAP",
     Feature.WINDOW_LEFT: "LOCAL",
     Feature.WINDOW_RIGHT: "LOCAL",
@@ -123,7 +125,7 @@ class FlashAttn3Backend:
         platforms=frozenset({"cuda"}),
         compute_capabilities=frozenset({(9, 0)}),  # exactly: it exits the process elsewhere
         dtypes=rules.DTYPES,
-        features=rules.COMMON | Feature.DETERMINISTIC,
+        features=rules.COMMON | Feature.PAGED | Feature.FINITE_TAIL | Feature.DETERMINISTIC,
         max_head_dim=rules.MAX_HEAD_DIM,
         min_cuda=(12, 3),  # hopper/setup.py
         rules=(
@@ -131,8 +133,10 @@ class FlashAttn3Backend:
             Rule("build_flags", _left_out),
             rules.DLSE_COLUMN,
             rules.GRID_HEADS,
+            rules.PAGED_HEADS,
         ),
         guards=(rules.GRID_BATCH,),
+        notes=(rules.PAGED_ALIGNED,),
     )
 
     def version(self) -> str | None:
@@ -144,11 +148,15 @@ class FlashAttn3Backend:
         found = first_usable(*LIBRARIES)
         return found if isinstance(found, Reason) else None
 
-    def bind(self, spec: AttentionSpec, device: Device) -> FlashAttn3Kernel:
+    def bind(self, spec: AttentionSpec, device: Device) -> FlashAttn3Kernel | PagedKernel:
         """Return the kernel over the installed library."""
         found = require(self.name, first_usable(*LIBRARIES))
         # Its heuristic splits long keys where there are few queries; the registered operator's default is one.
         num_splits = 0 if spec.seqlen_q <= 8 else 1
+        if Feature.PAGED in spec.features:
+            from vllm_accel.backends.flash_attn_3_paged import FlashAttn3Paged
+
+            return FlashAttn3Paged(found, num_splits, _UNUSED_FORWARD)
         return FlashAttn3Kernel(found, num_splits, mla="HDIMDIFF192" not in build_flags())
 
 

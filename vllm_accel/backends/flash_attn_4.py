@@ -22,7 +22,7 @@ from vllm_accel.backends.convert import (
     zero_past_end,
 )
 from vllm_accel.backends.library import Found, Function, Library, installed_version, look_up, require
-from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads
+from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads, PagedKernel
 from vllm_accel.dispatch.capability import Capability, Rule
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.spec import AttentionSpec, Feature
@@ -32,13 +32,14 @@ _OPTIONS = (
     "softmax_scale", "causal", "softcap", "window_size_left", "window_size_right", "cu_seqlens_q", "cu_seqlens_k",
     "max_seqlen_q", "max_seqlen_k",
 )  # fmt: skip
+_PAGED = ("page_table", "seqused_k", "num_splits")
 _MODULE = "flash_attn.cute.interface"
 _BACKWARD = ("out", "dout", "lse", "deterministic", "dq", "dk", "dv", "dlse")
 
 LIBRARY = Library(
     label="flash-attn 4",
     functions=(
-        Function(_MODULE, "_flash_attn_fwd", ("q", "k", "v", "learnable_sink", "return_lse", *_OPTIONS)),
+        Function(_MODULE, "_flash_attn_fwd", ("q", "k", "v", "learnable_sink", "return_lse", *_OPTIONS, *_PAGED)),
         Function(_MODULE, "_flash_attn_bwd", ("q", "k", "v", *_BACKWARD, *_OPTIONS)),
     ),
     # There are pre-releases only, and their private functions change; newer ones are held to the parameters above.
@@ -67,6 +68,12 @@ def _blackwell_256(spec: AttentionSpec, device: Device) -> str | None:
     return None
 
 
+def _paged_blackwell(spec: AttentionSpec, device: Device) -> str | None:
+    if Feature.PAGED not in spec.features or not _is_blackwell(device) or spec.head_dim <= 128:
+        return None
+    return f"over a paged cache takes head sizes up to 128 on {device.arch}; this call has {spec.head_dim}"
+
+
 class FlashAttn4Backend:
     """The backend `flash_attn_4`."""
 
@@ -76,12 +83,17 @@ class FlashAttn4Backend:
         # It also has kernels for sm_80, sm_110 and sm_120, forward only or with fewer options.
         compute_capabilities=frozenset({(9, 0), (10, 0)}),
         dtypes=rules.DTYPES,
-        features=rules.COMMON | Feature.DETERMINISTIC,
+        features=rules.COMMON | Feature.PAGED | Feature.FINITE_TAIL | Feature.DETERMINISTIC,
         max_head_dim=rules.MAX_HEAD_DIM,
         min_cuda=(12, 0),  # nvidia-cutlass-dsl comes for CUDA 12 and 13
         # A kernel compiles in 1 to 3 s (sm_90, cross-compiled on two cores, 2026-11).
         first_call_seconds=3.0,
-        rules=(Rule("blackwell_256", _blackwell_256), rules.GRID_HEADS),
+        rules=(
+            Rule("blackwell_256", _blackwell_256),
+            rules.GRID_HEADS,
+            rules.PAGED_HEADS,
+            Rule("paged_blackwell", _paged_blackwell),
+        ),
         guards=(rules.GRID_BATCH,),
     )
 
@@ -94,9 +106,15 @@ class FlashAttn4Backend:
         found = look_up(LIBRARY)
         return found if isinstance(found, Reason) else None
 
-    def bind(self, spec: AttentionSpec, device: Device) -> FlashAttn4Kernel:
+    def bind(self, spec: AttentionSpec, device: Device) -> FlashAttn4Kernel | PagedKernel:
         """Return the kernel over the installed library."""
-        return FlashAttn4Kernel(require(self.name, look_up(LIBRARY)), _is_blackwell(device))
+        found, blackwell = require(self.name, look_up(LIBRARY)), _is_blackwell(device)
+        if Feature.PAGED in spec.features:
+            from vllm_accel.backends.flash_attn_4_paged import FlashAttn4Paged
+
+            # Its heuristic splits long keys where there are few queries; sm_90 has no kernel that does.
+            return FlashAttn4Paged(found, num_splits=0 if blackwell and spec.seqlen_q <= 8 else 1)
+        return FlashAttn4Kernel(found, blackwell)
 
 
 class FlashAttn4Kernel:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vllm_accel.backends.convert import round_up
-from vllm_accel.dispatch.capability import Guard, Rule
+from vllm_accel.dispatch.capability import Guard, Note, Rule
 from vllm_accel.dispatch.device import KIB, Device
 from vllm_accel.dispatch.spec import AttentionSpec, Feature
 
@@ -60,6 +60,15 @@ def _dropout_backward(spec: AttentionSpec, device: Device) -> str | None:
     return f"no backward with dropout for head sizes over 192 below 144 KiB of shared memory; {device.arch} has less"
 
 
+def _paged(spec: AttentionSpec, device: Device) -> str | None:
+    if Feature.PAGED not in spec.features or (spec.head_dim == spec.head_dim_v and spec.head_dim % 8 == 0):
+        return None
+    return (
+        "over a paged cache takes one head size, a multiple of 8, since another would copy the cache at every call; "
+        f"this call has {spec.head_dim} and {spec.head_dim_v}"
+    )
+
+
 def _heads(spec: AttentionSpec, device: Device) -> str | None:
     return f"up to {MAX_GRID} heads; this call has {spec.num_heads}" if spec.num_heads > MAX_GRID else None
 
@@ -72,6 +81,10 @@ def one_head_dim(head_dim: int, head_dim_v: int, dlse: bool = False) -> int:
     """Return one head size for q, k and v: a multiple of 8, with a column for dlse where it has to travel in one."""
     return round_up(max(head_dim, head_dim_v + dlse), 8)
 
+
+#: A cache is not padded, as q, k and v of a dense call are.
+PAGED_HEADS = Rule("paged_head_dim", _paged)
+PAGED_ALIGNED = Note(Feature.PAGED, "copies a cache whose rows do not start at multiples of 16 bytes")
 
 #: FlashAttention 2, mha_fwd in flash_api.cpp.
 DROPOUT_SOFTCAP = Rule("dropout_softcap", _dropout_softcap)

@@ -4,6 +4,10 @@ The log-sum-exp has the form of the operator that made it, so the operator is al
 library (which may also take one that compiles at its first call). The functions without autograd know no dropout and
 return no gradient of a bias. Read in xformers 0.0.35, xformers/ops/fmha/{__init__, common, cutlass, flash}.py; mslk
 1.1.0 has the same in mslk/attention/fmha.
+
+Its masks for paged caches are not used, keys and values are copied out of their blocks (`gather`): flash.py takes these
+masks only with a FlashAttention of its own, not with PyTorch's kernels (``_is_paged_attention_supported``), and
+triton_splitk.py wants one number of queries for all sequences, known on the host.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from vllm_accel.backends.cutlass_kernel import CutlassKernel
 from vllm_accel.backends.flash_attn_rules import GRID_HEADS, MAX_HEAD_DIM, one_head_dim
 from vllm_accel.backends.flash_kernel import FlashKernel
 from vllm_accel.backends.fmha_launch import FmhaCutlass, FmhaFlash
+from vllm_accel.backends.gather import serve_paged, with_gather
 from vllm_accel.backends.library import Function, Library, installed_version, look_up, require
 from vllm_accel.backends.sdpa_efficient import BFLOAT16, BIAS_ROWS, GRID_BATCH, STRIDES, WINDOW_CAUSAL
 from vllm_accel.backends.sdpa_flash import small_memory
@@ -163,7 +168,7 @@ CAPABILITY = Capability(
 class FmhaBackend:
     """One of the two libraries as a backend."""
 
-    capability = CAPABILITY
+    capability = with_gather(CAPABILITY)
 
     def __init__(self, name: str, library: Library) -> None:
         self.name = name
@@ -189,6 +194,7 @@ class FmhaBackend:
             return Reason("broken", text)
         return None
 
+    @serve_paged
     def bind(self, spec: AttentionSpec, device: Device) -> FlashKernel | CutlassKernel:
         """Return the kernel over the installed library."""
         found = require(self.name, look_up(self._library))

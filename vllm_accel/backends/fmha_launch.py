@@ -62,6 +62,8 @@ class FmhaFlash:
         """Return out and lse. Grouped heads go in as (B, S, G, H, D), keys expanded by stride 0, which it unfolds."""
         mask, packed, kv_heads = self._mask(call), call.cu_seqlens_q is not None, k.shape[-2]
         grouped = q.shape[-2] != kv_heads
+        if packed and not k.shape[0]:
+            k, v = (t.new_zeros((1, *t.shape[1:])) for t in (k, v))  # without any key it leaves the log-sum-exp unset
         if packed:
             q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
         if grouped:

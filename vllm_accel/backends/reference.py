@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_accel.backends import gather
 from vllm_accel.backends import reference_chunk as chunk
+from vllm_accel.backends.reference_paged import PAGED_KERNEL, ReferencePagedKernel
 from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads, TorchBackend
 from vllm_accel.dispatch.capability import Capability, Rule
 from vllm_accel.dispatch.device import Device
-from vllm_accel.dispatch.spec import AttentionSpec, Feature
+from vllm_accel.dispatch.spec import PROMISES, AttentionSpec, Feature
 
 
 def _batch_invariant_packed(spec: AttentionSpec, device: Device) -> str | None:
-    both = Feature.BATCH_INVARIANT | Feature.VARLEN
-    if device.type != "cpu" and both & spec.features == both:
+    packed = spec.features & (Feature.VARLEN | Feature.PAGED)
+    if device.type != "cpu" and packed and Feature.BATCH_INVARIANT in spec.features:
         return "packed batch_invariant calls need the lengths on the host, which would synchronise the device"
     return None
 
@@ -42,13 +44,14 @@ class ReferenceBackend(TorchBackend):
                 torch.float8_e5m2,
             }
         ),
-        features=functools.reduce(lambda a, b: a | b, Feature) & ~Feature.PAGED,
+        features=functools.reduce(lambda a, b: a | b, Feature) & ~PROMISES,
+        kv_dtypes=gather.KV_DTYPES,
         rules=(Rule("batch_invariant_packed", _batch_invariant_packed),),
     )
 
-    def bind(self, spec: AttentionSpec, device: Device) -> ReferenceKernel:
-        """Return the kernel; one serves every call."""
-        return KERNEL
+    def bind(self, spec: AttentionSpec, device: Device) -> ReferenceKernel | ReferencePagedKernel:
+        """Return the kernel; one serves every dense and packed call, one every paged one."""
+        return PAGED_KERNEL if Feature.PAGED in spec.features else KERNEL
 
 
 class ReferenceKernel:

@@ -24,10 +24,11 @@ from vllm_accel.backends.convert import (
     window,
     with_dlse_column,
 )
+from vllm_accel.backends.gather import serve_paged, with_gather
 from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads, TorchBackend
 from vllm_accel.dispatch.capability import Capability
 from vllm_accel.dispatch.device import Device
-from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
+from vllm_accel.dispatch.spec import PROMISES, AttentionSpec, Feature, Relation
 
 # The binding without the operator's Python layer costs 3 us less per call (4.8 against 8.2); torch.ops if it is gone.
 _forward = getattr(
@@ -45,22 +46,27 @@ class SdpaCpuBackend(TorchBackend):
     """The backend `sdpa_cpu`."""
 
     name = "sdpa_cpu"
-    capability = Capability(
-        platforms=frozenset({"cpu"}),
-        dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}),
-        features=functools.reduce(lambda a, b: a | b, Feature)
-        & ~(
-            Feature.PAGED
-            | Feature.SOFTCAP
-            | Feature.DROPOUT
-            | Feature.BIAS_GRAD
-            | Feature.Q_DESCALE
-            | Feature.K_DESCALE
-            | Feature.V_DESCALE
-            | Feature.BATCH_INVARIANT
-        ),
+    capability = with_gather(
+        Capability(
+            platforms=frozenset({"cpu"}),
+            dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}),
+            features=functools.reduce(lambda a, b: a | b, Feature)
+            & ~(
+                PROMISES
+                | Feature.PAGED
+                | Feature.MLA
+                | Feature.SOFTCAP
+                | Feature.DROPOUT
+                | Feature.BIAS_GRAD
+                | Feature.Q_DESCALE
+                | Feature.K_DESCALE
+                | Feature.V_DESCALE
+                | Feature.BATCH_INVARIANT
+            ),
+        )
     )
 
+    @serve_paged
     def bind(self, spec: AttentionSpec, device: Device) -> SdpaCpuKernel:
         """Return the direct kernel where one call of the operator does it all, else the general one."""
         masks = Feature.WINDOW_LEFT | Feature.WINDOW_RIGHT | Feature.ALIBI

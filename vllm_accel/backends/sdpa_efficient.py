@@ -17,6 +17,7 @@ from torch import Tensor
 from vllm_accel.backends import aten
 from vllm_accel.backends.cutlass_kernel import Call, CutlassKernel, Grads
 from vllm_accel.backends.flash_attn_rules import GRID_HEADS, MAX_GRID
+from vllm_accel.backends.gather import serve_paged, with_gather
 from vllm_accel.dispatch.backend import TorchBackend
 from vllm_accel.dispatch.capability import Capability, Guard, Rule
 from vllm_accel.dispatch.device import Device
@@ -99,40 +100,43 @@ class SdpaEfficientBackend(TorchBackend):
     """The backend `sdpa_efficient`."""
 
     name = "sdpa_efficient"
-    capability = Capability(
-        platforms=frozenset({"cuda"}),
-        # sdp_utils.cpp takes sm_50 to sm_121; these are the chips that torch's binaries are built for, and CARRIED
-        # asks the very build.
-        compute_capabilities=frozenset({(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)}),
-        dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
-        features=Feature.VARLEN
-        | Feature.GRAD
-        | Feature.LSE
-        | Feature.LSE_GRAD
-        | Feature.CAUSAL
-        | Feature.WINDOW_LEFT
-        | Feature.WINDOW_RIGHT
-        | Feature.SCALE
-        | Feature.BIAS
-        | Feature.MASK
-        | Feature.BIAS_GRAD
-        | Feature.SINKS
-        | Feature.SINKS_GRAD
-        | Feature.DROPOUT
-        | Feature.DETERMINISTIC
-        | Feature.BATCH_INVARIANT
-        | Feature.GQA
-        | Feature.VALUE_DIM,
-        rules=(
-            aten.CARRIED,
-            BFLOAT16,
-            WINDOW_CAUSAL,
-            Rule("window_backward", _window_backward),
-            GRID_HEADS,
-        ),
-        guards=(GRID_BATCH, BIAS_ROWS, STRIDES),
+    capability = with_gather(
+        Capability(
+            platforms=frozenset({"cuda"}),
+            # sdp_utils.cpp takes sm_50 to sm_121; these are the chips that torch's binaries are built for, and CARRIED
+            # asks the very build.
+            compute_capabilities=frozenset({(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)}),
+            dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
+            features=Feature.VARLEN
+            | Feature.GRAD
+            | Feature.LSE
+            | Feature.LSE_GRAD
+            | Feature.CAUSAL
+            | Feature.WINDOW_LEFT
+            | Feature.WINDOW_RIGHT
+            | Feature.SCALE
+            | Feature.BIAS
+            | Feature.MASK
+            | Feature.BIAS_GRAD
+            | Feature.SINKS
+            | Feature.SINKS_GRAD
+            | Feature.DROPOUT
+            | Feature.DETERMINISTIC
+            | Feature.BATCH_INVARIANT
+            | Feature.GQA
+            | Feature.VALUE_DIM,
+            rules=(
+                aten.CARRIED,
+                BFLOAT16,
+                WINDOW_CAUSAL,
+                Rule("window_backward", _window_backward),
+                GRID_HEADS,
+            ),
+            guards=(GRID_BATCH, BIAS_ROWS, STRIDES),
+        )
     )
 
+    @serve_paged
     def bind(self, spec: AttentionSpec, device: Device) -> CutlassKernel:
         """Return the kernel over aten's operators."""
         return CutlassKernel(AtenLaunch(), spec)

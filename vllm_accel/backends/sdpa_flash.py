@@ -19,6 +19,7 @@ from vllm_accel.backends import aten
 from vllm_accel.backends import flash_attn_rules as rules
 from vllm_accel.backends.convert import empty_rows_to_minus_inf
 from vllm_accel.backends.flash_kernel import FlashCall, FlashKernel
+from vllm_accel.backends.gather import serve_paged, with_gather
 from vllm_accel.dispatch.backend import AttentionArgs, TorchBackend
 from vllm_accel.dispatch.capability import Capability, Rule
 from vllm_accel.dispatch.device import KIB, Device
@@ -76,36 +77,38 @@ class SdpaFlashBackend(TorchBackend):
     """The backend `sdpa_flash`."""
 
     name = "sdpa_flash"
-    capability = Capability(
-        platforms=frozenset({"cuda", "rocm"}),
-        compute_capabilities=frozenset({(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)}),
-        archs=frozenset({"gfx90a", "gfx942"}),
-        dtypes=rules.DTYPES,
-        features=Feature.VARLEN
-        | Feature.GRAD
-        | Feature.LSE
-        | Feature.LSE_GRAD
-        | Feature.CAUSAL
-        | Feature.WINDOW_LEFT
-        | Feature.WINDOW_RIGHT
-        | Feature.SCALE
-        | Feature.SINKS
-        | Feature.SINKS_GRAD
-        | Feature.DROPOUT
-        | Feature.DETERMINISTIC
-        | Feature.GQA
-        | Feature.VALUE_DIM,
-        max_head_dim=rules.MAX_HEAD_DIM,
-        rules=(
-            aten.CARRIED,
-            Rule("rocm", _rocm),
-            Rule("dropout_schema", _dropout),
-            Rule("deterministic_backward", _deterministic),
-            rules.DROPOUT_BACKWARD,
-            rules.DLSE_COLUMN,
-            rules.GRID_HEADS,
-        ),
-        guards=(rules.GRID_BATCH,),
+    capability = with_gather(
+        Capability(
+            platforms=frozenset({"cuda", "rocm"}),
+            compute_capabilities=frozenset({(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)}),
+            archs=frozenset({"gfx90a", "gfx942"}),
+            dtypes=rules.DTYPES,
+            features=Feature.VARLEN
+            | Feature.GRAD
+            | Feature.LSE
+            | Feature.LSE_GRAD
+            | Feature.CAUSAL
+            | Feature.WINDOW_LEFT
+            | Feature.WINDOW_RIGHT
+            | Feature.SCALE
+            | Feature.SINKS
+            | Feature.SINKS_GRAD
+            | Feature.DROPOUT
+            | Feature.DETERMINISTIC
+            | Feature.GQA
+            | Feature.VALUE_DIM,
+            max_head_dim=rules.MAX_HEAD_DIM,
+            rules=(
+                aten.CARRIED,
+                Rule("rocm", _rocm),
+                Rule("dropout_schema", _dropout),
+                Rule("deterministic_backward", _deterministic),
+                rules.DROPOUT_BACKWARD,
+                rules.DLSE_COLUMN,
+                rules.GRID_HEADS,
+            ),
+            guards=(rules.GRID_BATCH,),
+        )
     )
 
     def unavailable_reason(self) -> Reason | None:
@@ -114,6 +117,7 @@ class SdpaFlashBackend(TorchBackend):
             "FlashAttention kernels", getattr(torch.backends.cuda, "is_flash_attention_available", None)
         )
 
+    @serve_paged
     def bind(self, spec: AttentionSpec, device: Device) -> FlashKernel:
         """Return the kernel over aten's operators; a short way forward where one call of the operator does it all."""
         launch = AtenFlash(device.platform == "rocm")

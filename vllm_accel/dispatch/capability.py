@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vllm_accel.dispatch.device import Device
-from vllm_accel.dispatch.spec import AttentionSpec, Feature, feature_names
+from vllm_accel.dispatch.spec import PROMISES, AttentionSpec, Feature, feature_names
 from vllm_accel.errors import Reason
 
 
@@ -29,6 +29,14 @@ class Guard:
     check: Callable[[Any, Any], str | None]
 
 
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What a user should know about calls with these features that the backend does run; `explain` shows it."""
+
+    features: Feature
+    text: str
+
+
 _NOTHING = Feature(0)
 
 
@@ -39,7 +47,8 @@ class Capability:
     Attributes:
         platforms: values of `Device.platform` it runs on; empty means every device.
         dtypes: of q, k, v (or of a, b).
-        features: flags it handles (attention only).
+        features: flags it handles (attention only). FINITE_TAIL is a need: it runs paged calls that promise it alone.
+        kv_dtypes: of a paged cache, where they differ from q's.
         compute_capabilities: NVIDIA chips, an exact list; None where the platform has none or all are fine.
         archs: AMD chips, an exact list; None likewise.
         max_head_dim: largest head size of q/k and v after padding, 0 for no limit.
@@ -49,10 +58,12 @@ class Capability:
         first_call_seconds: what a compile at the first call of a kind costs; over two seconds means "after warmup".
         per_shape_cost: builds something for every exact shape, so it is not for work whose lengths change.
         rules, guards: limits on combinations, and on exact sizes.
+        notes: remarks on calls that it runs, for example that it copies.
     """
 
     dtypes: frozenset[torch.dtype]
     features: Feature = _NOTHING
+    kv_dtypes: frozenset[torch.dtype] = frozenset()
     platforms: frozenset[str] = frozenset()
     compute_capabilities: frozenset[tuple[int, int]] | None = None
     archs: frozenset[str] | None = None
@@ -64,6 +75,7 @@ class Capability:
     per_shape_cost: bool = False
     rules: tuple[Rule, ...] = ()
     guards: tuple[Guard, ...] = field(default=())
+    notes: tuple[Note, ...] = ()
 
     def unsupported_reasons(self, spec: Any, device: Device) -> tuple[Reason, ...]:
         """Say why this backend cannot run `spec` on `device`; empty means that it can."""
@@ -72,6 +84,11 @@ class Capability:
     def guard_reasons(self, spec: Any, sizes: Any) -> tuple[Reason, ...]:
         """Say which exact-size guards refuse this very call."""
         return refusals(self.guards, spec, sizes)
+
+    def remarks(self, spec: Any) -> tuple[str, ...]:
+        """Return what a user should know of calls like this on this backend."""
+        features = getattr(spec, "features", _NOTHING)
+        return tuple(note.text for note in self.notes if not note.features & ~features)
 
     def _device_reasons(self, device: Device) -> Iterator[Reason]:
         if self.platforms and device.platform not in self.platforms:
@@ -94,11 +111,14 @@ class Capability:
             yield Reason("dtype", f"takes {known}, not {str(spec.dtype).removeprefix('torch.')}")
         if not isinstance(spec, AttentionSpec):
             return
-        if spec.kv_dtype is not spec.dtype and spec.kv_dtype not in self.dtypes:
+        if spec.kv_dtype is not spec.dtype and spec.kv_dtype not in self.kv_dtypes:
             yield Reason("kv_dtype", f"does not take a {str(spec.kv_dtype).removeprefix('torch.')} cache")
-        if missing := spec.features & ~self.features:
+        if missing := spec.features & ~self.features & ~PROMISES:
             for name in feature_names(missing):
                 yield Reason(f"feature:{name}", f"does not do {FEATURE_TEXT.get(name, name)}")
+        if Feature.PAGED in spec.features and (unmet := self.features & PROMISES & ~spec.features):
+            for name in feature_names(unmet):
+                yield Reason(name, f"needs {NEED_TEXT.get(name, name)}")
         largest = max(spec.head_dim, spec.head_dim_v)
         if self.max_head_dim and largest > self.max_head_dim:
             yield Reason("head_dim", f"head sizes up to {self.max_head_dim}; this call has {largest}")
@@ -139,6 +159,13 @@ FEATURE_TEXT = {
     "batch_invariant": "batch_invariant=True",
     "gqa": "fewer key heads than query heads (GQA)",
     "value_dim": "a value head size that differs from the query's",
+    "mla": "values that are a part of the keys (MLA)",
+}
+
+#: How a refusal names a promise that the call does not make.
+NEED_TEXT = {
+    "finite_tail": "finite numbers past each sequence's end in the cache: finite_tail=True says so, and a PagedKVCache "
+    "keeps them",
 }
 
 

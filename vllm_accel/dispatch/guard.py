@@ -15,13 +15,18 @@ import torch
 from torch import Tensor
 
 TensorGuard = Callable[..., bool]
+#: For each tensor, the dimensions that a guard does not look at.
+Free = tuple[frozenset[int], ...]
+_NONE: frozenset[int] = frozenset()
 
 
-def python_guard(*tensors: Tensor) -> TensorGuard:
+def python_guard(*tensors: Tensor, free: Free = ()) -> TensorGuard:
     """Return a check for tensors of the same type, dtype, device, sizes and gradient need, outside any transform."""
+    dims = free or (_NONE,) * len(tensors)
 
-    def kind(t: Tensor) -> tuple[object, ...]:
-        return type(t), t.dtype, t.device, t.shape, _inner_stride(t), t.requires_grad, t.layout
+    def kind(t: Tensor, free_dims: frozenset[int]) -> tuple[object, ...]:
+        sizes = tuple(n for dim, n in enumerate(t.shape) if dim not in free_dims)
+        return type(t), t.dtype, t.device, t.dim(), sizes, _inner_stride(t), t.requires_grad, t.layout
 
     def modes() -> tuple[object, ...]:
         return (
@@ -31,8 +36,23 @@ def python_guard(*tensors: Tensor) -> TensorGuard:
             torch.is_autocast_enabled(tensors[0].device.type),
         )
 
-    expected = (modes(), *(kind(t) for t in tensors))
-    return lambda *now: (modes(), *(kind(t) for t in now)) == expected
+    def kinds(now: tuple[Tensor, ...]) -> tuple[object, ...]:
+        return (modes(), *map(kind, now, dims))
+
+    expected = kinds(tensors)
+    return lambda *now: len(now) == len(dims) and kinds(now) == expected
+
+
+def guard_but(free: Free, *tensors: Tensor) -> TensorGuard:
+    """Return a guard like `tensor_guard` that lets the dimensions differ that `free` names for each tensor."""
+    if tensor_guard is python_guard or len({id(t) for t in tensors}) < len(tensors):
+        return python_guard(*tensors, free=free)
+    sizes = [
+        [None if dim in dims else n for dim, n in enumerate(t.shape)] for t, dims in zip(tensors, free, strict=True)
+    ]
+    strides = [[*[None] * (t.dim() - 1), *_inner_stride(t)] for t in tensors]
+    check: TensorGuard = _guards_type(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return check
 
 
 def _torch_guard(*tensors: Tensor) -> TensorGuard:

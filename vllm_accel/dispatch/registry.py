@@ -20,6 +20,7 @@ ENTRY_POINT_GROUP = "vllm_accel.backends"
 #: (operation, name) -> "module:attribute". Adding a backend to this library is one file and one line here.
 BUILT_IN: dict[tuple[str, str], str] = {
     ("attention", "reference"): "vllm_accel.backends.reference:BACKEND",
+    ("attention", "cpu"): "vllm_accel.backends.cpu:BACKEND",
     ("attention", "sdpa_cpu"): "vllm_accel.backends.sdpa_cpu:BACKEND",
     ("attention", "sdpa_flash"): "vllm_accel.backends.sdpa_flash:BACKEND",
     ("attention", "sdpa_efficient"): "vllm_accel.backends.sdpa_efficient:BACKEND",
@@ -29,6 +30,10 @@ BUILT_IN: dict[tuple[str, str], str] = {
     ("attention", "flash_attn_4"): "vllm_accel.backends.flash_attn_4:BACKEND",
     ("attention", "xformers"): "vllm_accel.backends.xformers:BACKEND",
     ("attention", "mslk"): "vllm_accel.backends.mslk:BACKEND",
+    ("attention", "triton"): "vllm_accel.backends.triton:BACKEND",
+    ("attention", "flashinfer"): "vllm_accel.backends.flashinfer:BACKEND",
+    ("attention", "tensorrt_llm"): "vllm_accel.backends.tensorrt_llm:BACKEND",
+    ("attention", "gluon_hopper"): "vllm_accel.backends.gluon_hopper:BACKEND",
     ("gemm", "reference"): "vllm_accel.backends.gemm.reference:BACKEND",
 }
 

@@ -25,15 +25,16 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One backend and what the selector found about it."""
+    """One backend and what the selector found about it; notes are remarks on a call that it can run."""
 
     name: str
     state: State
     reasons: tuple[Reason, ...] = ()
     version: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        why = "; ".join(reason.text for reason in self.reasons)
+        why = "; ".join((*(reason.text for reason in self.reasons), *self.notes))
         return f"{self.name}: {self.state.value}" + (f" ({why})" if why else "")
 
 
@@ -86,6 +87,7 @@ class Selection:
                     "state": c.state.name.lower(),
                     "version": c.version,
                     "reasons": [{"code": r.code, "text": r.text} for r in c.reasons],
+                    "notes": list(c.notes),
                 }
                 for c in self.candidates
             ],
@@ -100,7 +102,7 @@ class Selection:
         width = max((len(c.name) for c in self.candidates), default=0)
         for c in self.candidates:
             mark = "*" if c.state is State.CHOSEN else " "
-            why = "; ".join(reason.text for reason in c.reasons)
+            why = "; ".join((*(reason.text for reason in c.reasons), *c.notes))
             lines.append(f" {mark} {c.name:<{width}}  {c.state.value}" + (f": {why}" if why else ""))
         if self.assumed:
             lines.append("   (this machine has no such device: every package is taken as installed)")

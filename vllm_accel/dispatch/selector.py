@@ -106,11 +106,12 @@ def _judge(name: str, question: Question, current: Settings, *, asked: bool, eve
         if held := _held_back(name, capability, question, current):
             return verdict(State.HELD_BACK, held, version=version)
     if Feature.BATCH_INVARIANT in getattr(spec, "features", Feature(0)):
-        proven = question.self_test(backend, device) if question.self_test else warm.self_test_verdict(op, name, device)
+        known = warm.self_test_verdict(warm.tested_as(op, spec), name, device)
+        proven = question.self_test(backend, device) if question.self_test else known
         if proven is False:
             text = "declares batch invariance, but its bitwise self-test failed on this device"
             return verdict(State.UNSUPPORTED, Reason("self_test", text), version=version)
-    return verdict(State.ABLE, version=version)
+    return Verdict(Candidate(name, State.ABLE, (), version, capability.remarks(spec)), backend, guards)
 
 
 def _static_reasons(capability: Capability, question: Question) -> tuple[Reason, ...]:
@@ -126,7 +127,9 @@ def _held_back(name: str, capability: Capability, question: Question, current: S
         return Reason("use_triton", f"{TRITON}=0")
     if not capability.linear_memory:
         return Reason("memory", "takes O(Sq*Sk) memory; ask for it by name")
-    compiled = warm.is_warm(question.op, name, question.spec, question.device)
+    # Who asks for the Triton kernels has asked for their compilation too.
+    asked = name in preference.TRITON_BACKENDS and question.op == "attention" and current.use_triton
+    compiled = asked or warm.is_warm(question.op, name, question.spec, question.device)
     if capability.first_call_seconds > MAX_FIRST_CALL_SECONDS and not compiled:
         seconds = capability.first_call_seconds
         return Reason("first_call", f"would compile for about {seconds:g} s at this call; vllm_accel.warmup builds it")
@@ -158,7 +161,7 @@ def select(question: Question, sizes: Any = None) -> Selection:
                 candidate = Candidate(candidate.name, state, refused, candidate.version)
             elif chosen is None:
                 chosen = candidate.name
-                candidate = Candidate(candidate.name, State.CHOSEN, (), candidate.version)
+                candidate = Candidate(candidate.name, State.CHOSEN, (), candidate.version, candidate.notes)
         candidates.append(candidate)
     return Selection(
         op=question.op,
@@ -167,7 +170,7 @@ def select(question: Question, sizes: Any = None) -> Selection:
         chosen=chosen,
         candidates=tuple(candidates),
         decided_by=_decided_by(question, chosen),
-        settings=_settings_text(),
+        settings=_settings_text(question),
         assumed=question.assume_available,
     )
 
@@ -180,13 +183,13 @@ def _decided_by(question: Question, chosen: str | None) -> str:
     return "shipped order; nothing measured for this call"
 
 
-def _settings_text() -> tuple[str, ...]:
+def _settings_text(question: Question) -> tuple[str, ...]:
     current = settings()
     changed = changed_since_read()
     lines = [f"{name}={value}" for name, value in current.raw]
     lines += [f"{name} has changed since it was read; reload_settings() takes it over" for name in changed]
-    if current.use_triton is not None and not set(registry.names("attention")) & set(preference.TRITON_BACKENDS):
-        lines.append(f"{TRITON} has no effect: this build has no Triton attention backend")
+    if current.use_triton and question.device.type != "cuda":
+        lines.append(f"{TRITON} has no effect on {question.device.type}: our Triton kernels are for GPUs")
     return tuple(lines)
 
 

@@ -35,7 +35,13 @@ class Feature(enum.Flag):
     BATCH_INVARIANT = enum.auto()
     GQA = enum.auto()  # num_kv_heads < num_heads
     VALUE_DIM = enum.auto()  # head_dim_v != head_dim
+    MLA = enum.auto()  # paged, and the values are the first head_dim_v channels of the keys: one cache, read once
+    FINITE_TAIL = enum.auto()  # paged; a promise of the call, a need of a backend: see PROMISES
 
+
+#: What a call promises and no backend has to do anything for. A backend that declares one cannot run without it:
+#: FINITE_TAIL says that whatever lies in the cache past each sequence's end is finite.
+PROMISES = Feature.FINITE_TAIL
 
 #: What every call may use and every attention backend therefore has to do: a caller's scale is just a number.
 PLAIN = Feature.SCALE
@@ -58,6 +64,7 @@ class AttentionSpec:
         dtype: of q; kv_dtype: of k and v.
         batch: sequences. seqlen_q, seqlen_k: tokens of the longest sequence.
         features: what the call asks for.
+        block_size: tokens in a block of the paged cache, 0 without one.
     """
 
     dtype: torch.dtype
@@ -71,6 +78,7 @@ class AttentionSpec:
     seqlen_k: int
     relation: Relation
     features: Feature
+    block_size: int = 0
 
     def compile_kind(self) -> AttentionSpec:
         """Return the part that a compiled kernel depends on: everything but lengths and batch."""
@@ -82,8 +90,11 @@ class AttentionSpec:
             heads += f" over {self.num_kv_heads} key heads"
         size = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
         flags = ", ".join(feature_names(self.features)) or "plain"
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.block_size:
+            dtype += f" over {str(self.kv_dtype).removeprefix('torch.')} blocks of {self.block_size}"
         return (
-            f"attention {str(self.dtype).removeprefix('torch.')}, batch ~{self.batch}, "
+            f"attention {dtype}, batch ~{self.batch}, "
             f"Sq ~{self.seqlen_q}, Sk ~{self.seqlen_k} ({self.relation.value}), {heads} of {size}: {flags}"
         )
 
@@ -117,3 +128,22 @@ def bucket(n: int) -> int:
     """Round a length down to its quarter octave: 1..8 exact, then 4 steps per power of two (4096, 5120, 6144, ...)."""
     shift = n.bit_length() - 3
     return n if shift <= 0 else n >> shift << shift
+
+
+def bucket_up(n: int) -> int:
+    """Round a length up to its quarter octave: 1..8 exact, then 10, 12, 14, 16, 20, ... (every value is a `bucket`)."""
+    shift = n.bit_length() - 3
+    return n if shift <= 0 else -(-n >> shift) << shift
+
+
+class RoundedUp(dict[int, int]):
+    """`bucket_up` by look-up: 0.05 us on the hot path instead of 0.6 (2-core EPYC, 2026-11-23)."""
+
+    def __missing__(self, n: int) -> int:
+        if len(self) > 1 << 16:
+            self.clear()
+        self[n] = up = bucket_up(n)
+        return up
+
+
+ROUNDED_UP = RoundedUp()

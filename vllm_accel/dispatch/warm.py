@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_accel.dispatch import plan
 from vllm_accel.dispatch.device import Device
+from vllm_accel.dispatch.spec import Feature
 
 _warm: set[tuple[str, str, Any, Device]] = set()
 _verdicts: dict[tuple[str, str, Device], bool] = {}
@@ -20,6 +21,12 @@ def mark_warm(op: str, backend: str, spec: Any, device: Device) -> None:
     """Record that the kernels for this kind of call exist, so that automatic choice may take the backend."""
     _warm.add((op, backend, spec.compile_kind(), device))
     plan.invalidate()
+
+
+def tested_as(op: str, spec: Any) -> str:
+    """Name the self-test that covers a kind of call: paged kernels are others than dense ones, and MLA's again."""
+    features = getattr(spec, "features", Feature(0))
+    return f"{op}_mla" if Feature.MLA in features else f"{op}_paged" if Feature.PAGED in features else op
 
 
 def self_test_verdict(op: str, backend: str, device: Device) -> bool | None:

@@ -89,7 +89,7 @@ def describe(
     if k.device != device or v.device != device:
         raise ValueError(f"q, k, v must be on one device; got {q.device}, {k.device}, {v.device}")
 
-    flags |= _option_flags(options, grad)
+    flags |= option_flags(options, grad)
     if heads != kv_heads:
         flags |= _GQA
     if head_dim != head_dim_v:
@@ -123,9 +123,12 @@ def length_kind(batch: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int, int
 
 
 def spec_of(kind: tuple[Any, ...]) -> AttentionSpec:
-    """Build the spec from the kind of a call."""
-    *fields, relation, flags = kind
-    return AttentionSpec(*fields, _RELATIONS[relation], Feature(flags))  # type: ignore[call-arg, unused-ignore]
+    """Build the spec from the kind of a call; that of a paged call has a block size at its end."""
+    *fields, relation, flags = kind[: LENGTHS.stop + 1]
+    block_size = kind[LENGTHS.stop + 1 :]
+    return AttentionSpec(  # type: ignore[call-arg, unused-ignore]
+        *fields, _RELATIONS[relation], Feature(flags), *block_size
+    )
 
 
 # Relations travel as numbers: the hash of an enum member is a Python call.
@@ -133,6 +136,8 @@ _RELATIONS = tuple(Relation)
 _EQUAL, _SHORTER, _LONGER, _MIXED = (
     _RELATIONS.index(r) for r in (Relation.EQUAL, Relation.SHORTER, Relation.LONGER, Relation.MIXED)
 )
+#: How the lengths of packed or paged sequences stand to each other, for a kind.
+MIXED = _MIXED
 _new = tuple.__new__
 
 
@@ -166,7 +171,8 @@ def _packed_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, 
     return tokens_q, tokens_k, heads, kv_heads, head_dim, head_dim_v
 
 
-def _option_flags(options: Options, grad: int) -> int:
+def option_flags(options: Options, grad: int) -> int:
+    """Check the options that are no tensors and return their feature flags."""
     causal, window_size, scale, softcap, dropout_p, return_lse, deterministic, batch_invariant = options
     if not type(causal) is type(return_lse) is type(deterministic) is type(batch_invariant) is bool:
         for name in ("causal", "return_lse", "deterministic", "batch_invariant"):

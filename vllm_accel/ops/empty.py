@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads
+from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads, PagedArgs
 
 
 class EmptyKernel:
@@ -48,4 +48,19 @@ class EmptyKernel:
         return AttentionGrads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dbias, dsinks)
 
 
+class EmptyPagedKernel:
+    """The same for a paged call: rows of a sequence have the log-sum-exp of no keys, rows of none -inf."""
+
+    def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, args: PagedArgs) -> tuple[Tensor, Tensor]:
+        """Return zeros and the log-sum-exp."""
+        out, found, _ = EMPTY.forward(q, k_cache, v_cache, _NO_ARGS)
+        assert found is not None
+        if args.sinks is None:
+            return out, found
+        inside = torch.arange(q.shape[0], device=q.device) < args.cu_seqlens_q[-1]
+        return out, torch.where(inside, args.sinks.to(found.dtype).unsqueeze(-1), found)
+
+
 EMPTY = EmptyKernel()
+EMPTY_PAGED = EmptyPagedKernel()
+_NO_ARGS = AttentionArgs(*(None,) * 8, 0, 0, 1.0, False, (-1, -1), 0.0, 0.0, True, False, False)

@@ -15,9 +15,12 @@ from vllm_accel.dispatch.selection import Selection
 from vllm_accel.dispatch.selector import Question, assumes_available, select
 from vllm_accel.ops import attention as attention_ops
 from vllm_accel.ops import gemm as gemm_ops
+from vllm_accel.ops import mla as mla_ops
+from vllm_accel.ops import paged as paged_ops
 from vllm_accel.ops import run
 from vllm_accel.ops.arguments import Options, describe
 from vllm_accel.ops.extras import Extras, needs_grad, with_four_dims
+from vllm_accel.ops.paged_arguments import PagedOptions, PagedTensors, describe_paged
 
 _Described = tuple[Any, Any, tuple[str, ...] | None, str]
 
@@ -28,7 +31,7 @@ def explain(fn: Callable[..., Any], *args: Any, device: Device | str | None = No
     Walks the same code as the call, under the same settings and `use_backend` contexts, and launches nothing.
 
     Args:
-        fn: a public call of this library: `attention`, `attention_varlen` or `gemm`.
+        fn: a public call: `attention`, `attention_varlen`, `attention_paged`, `attention_mla` or `gemm`.
         *args, **kwargs: its arguments; tensors may be on the ``meta`` device, which stands for this machine's GPU.
         device: judge for another device: a `Device`, or a short name such as ``"h100"``, ``"t4"``, ``"mi300x"``.
             Where this machine has no such device, packages are taken as installed and the result says so.
@@ -93,6 +96,20 @@ def _attention(given: dict[str, Any]) -> _Described:
     return run.FAMILY.make_spec(described.kind), described.sizes, asked, asked_by
 
 
+def _paged(given: dict[str, Any]) -> _Described:
+    mla = "kv_cache" in given
+    k_cache: Any = given.get("k_cache")
+    v_cache: Any = given.get("v_cache")
+    if mla:
+        k_cache, v_cache = mla_ops.views(given["kv_cache"], given["head_dim_v"])
+        given = {**given, "k_descale": given["kv_descale"], "v_descale": given["kv_descale"]}
+    tensors = PagedTensors(**{name: given.get(name) for name in PagedTensors._fields})  # type: ignore[arg-type]
+    options = PagedOptions(**{name: given[name] for name in PagedOptions._fields[:-1]}, mla=mla)
+    described = describe_paged(given["q"], k_cache, v_cache, tensors, options)
+    asked, asked_by = run.asked_for(given["backend"], override.variable("attention").get())
+    return run.FAMILY.make_spec(described.kind), described.sizes, asked, asked_by
+
+
 def _gemm(given: dict[str, Any]) -> _Described:
     kind, sizes = gemm_ops.describe(given["a"], given["b"], given["bias"])
     asked, asked_by = gemm_ops.asked_for(given["backend"])
@@ -102,5 +119,7 @@ def _gemm(given: dict[str, Any]) -> _Described:
 _DESCRIBE: dict[Callable[..., Any], Callable[[dict[str, Any]], _Described]] = {
     attention_ops.attention: _attention,
     attention_ops.attention_varlen: _attention,
+    paged_ops.attention_paged: _paged,
+    mla_ops.attention_mla: _paged,
     gemm_ops.gemm: _gemm,
 }

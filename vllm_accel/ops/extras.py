@@ -47,18 +47,18 @@ def extra_flags(
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, q on {device}; both must be on one device")
     if (slopes := extras.alibi_slopes) is not None:
-        _check_small("alibi_slopes", slopes, (torch.float32,), ((heads,), (batch, heads)))
+        check_small("alibi_slopes", slopes, (torch.float32,), ((heads,), (batch, heads)))
         if slopes.requires_grad:
             raise ValueError("alibi_slopes requires a gradient, and none is defined for it; pass alibi_slopes.detach()")
         flags |= _F["ALIBI"]
     if (bias := extras.attn_bias) is not None:
         flags |= _bias_flags(bias, dtype, full)
     if (sinks := extras.sinks) is not None:
-        _check_small("sinks", sinks, (torch.float32, dtype), ((heads,),))
+        check_small("sinks", sinks, (torch.float32, dtype), ((heads,),))
         flags |= _F["SINKS"]
     for name in ("q_descale", "k_descale", "v_descale"):
         if (descale := getattr(extras, name)) is not None:
-            _check_small(name, descale, (torch.float32,), ((), (kv_heads,), (batch, kv_heads)))
+            check_small(name, descale, (torch.float32,), ((), (kv_heads,), (batch, kv_heads)))
             if descale.requires_grad:
                 raise ValueError(f"{name} requires a gradient, and none is defined for it; pass {name}.detach()")
             flags |= _F[name.upper()]
@@ -75,9 +75,10 @@ def _bias_flags(bias: Tensor, dtype: torch.dtype, full: tuple[int, int, int, int
     return _F["BIAS"]
 
 
-def _check_small(
+def check_small(
     name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shapes: tuple[tuple[int, ...], ...]
 ) -> None:
+    """Check the dtype and the shape of a small optional tensor."""
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))}; got {tensor.dtype}")
     if tuple(tensor.shape) not in shapes:

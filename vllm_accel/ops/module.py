@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vllm_accel.ops.attention import attention, attention_varlen
+from vllm_accel.ops.cache import PagedKVCache
+from vllm_accel.ops.cache_step import CacheStep
 
 
 class Attention(nn.Module):
@@ -67,6 +69,7 @@ class Attention(nn.Module):
         key: Tensor,
         value: Tensor,
         *,
+        cache: PagedKVCache | CacheStep | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
@@ -74,12 +77,18 @@ class Attention(nn.Module):
 
         Args:
             query: (B, S, H*D), (B, S, H, D), or packed (T, H*D) / (T, H, D) with `cu_seqlens`. key, value: likewise.
-            cu_seqlens: int32 (batch + 1,), where packed sequences start and end. max_seqlen: longest of them.
+            cache: append key and value, then attend to everything in it; forward only. A `CacheStep` of
+                ``cache.extend(sequences, counts)`` says which sequences the rows are, ``step[i]`` for layer i. A
+                `PagedKVCache` of one layer means its live sequences in order (none yet: B new ones); the counts of
+                packed rows are then read from cu_seqlens, on a GPU with a synchronisation.
+            cu_seqlens: int32 (batch + 1,), where packed sequences start and end; with a step (T, H*D) needs none.
+            max_seqlen: longest of them; not needed with a cache.
 
         Raises:
-            ValueError: a shape that is none of these, or packed tensors without cu_seqlens and max_seqlen.
+            ValueError: a shape that is none of these, packed tensors without cu_seqlens and max_seqlen, or tokens that
+                are not those of the step. CacheFullError: the cache has no room for the tokens.
         """
-        packed = cu_seqlens is not None
+        packed = cu_seqlens is not None or (isinstance(cache, CacheStep) and query.dim() == 2)
         q = self._split(query, self.num_heads, packed, "query")
         k = self._split(key, self.num_kv_heads, packed, "key")
         v = self._split(value, self.num_kv_heads, packed, "value")
@@ -92,7 +101,10 @@ class Attention(nn.Module):
             "sinks": self.sinks,
             "backend": self.backend,
         }
-        if cu_seqlens is None:
+        out: Any
+        if cache is not None:
+            out = self._with_cache(q, k, v, cache, cu_seqlens, options)
+        elif cu_seqlens is None:
             out = attention(q, k, v, **options)
         elif max_seqlen is None:
             raise ValueError("packed sequences need max_seqlen, a Python int, beside cu_seqlens")
@@ -101,6 +113,31 @@ class Attention(nn.Module):
             out = attention_varlen(q, k, v, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, **options)
         assert isinstance(out, Tensor)
         return out.flatten(-2) if query.dim() == (2 if packed else 3) else out
+
+    def _with_cache(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: PagedKVCache | CacheStep,
+        cu_seqlens: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Write k and v into the cache, and attend from q to all that it holds."""
+        step = cache if isinstance(cache, CacheStep) else _next_step(cache, q, cu_seqlens)
+        if step.cache.mla:
+            raise ValueError("an MLA cache holds latents, not keys and values; use step.write and step.attend")
+        packed = [t.flatten(0, 1) if t.dim() == 4 else t for t in (q, k, v)]
+        sequences = step.seqused_k.shape[0] if q.dim() == 3 else q.shape[0]
+        if step.seqused_k.shape[0] != sequences or step.slot_mapping.shape[0] != packed[1].shape[0]:
+            raise ValueError(
+                f"the step is about {step.seqused_k.shape[0]} sequences and {step.slot_mapping.shape[0]} new tokens; "
+                f"key is {tuple(k.shape)}"
+            )
+        step.write(packed[1], packed[2])
+        out = step.attend(packed[0], **options)
+        assert isinstance(out, Tensor)
+        return out if q.dim() == 3 else out.view(*q.shape[:3], out.shape[-1])
 
     def _split(self, tensor: Tensor, heads: int, packed: bool, name: str) -> Tensor:
         flat = 2 if packed else 3
@@ -115,3 +152,16 @@ class Attention(nn.Module):
         """Describe the module when a model is printed."""
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
         return f"{heads}, head_size={self.head_size}, causal={self.causal}"
+
+
+def _next_step(cache: PagedKVCache, q: Tensor, cu_seqlens: Tensor | None) -> CacheStep:
+    """Return the step of new tokens for every live sequence of a cache."""
+    if cache.num_layers > 1:
+        raise ValueError(
+            f"the cache has {cache.num_layers} layers: pass step[i] of step = cache.extend(...) to layer i"
+        )
+    counts = [q.shape[1]] * q.shape[0] if cu_seqlens is None else cu_seqlens.diff().tolist()
+    sequences = cache.sequences or tuple(cache.allocate() for _ in counts)
+    if len(sequences) != len(counts):
+        raise ValueError(f"query has {len(counts)} sequences, the cache {len(sequences)}; name yours with cache.extend")
+    return cache.extend(sequences, counts)

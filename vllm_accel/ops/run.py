@@ -78,15 +78,12 @@ def make_plan(
         bound, question = choose(FAMILY, described.kind, device, asked, asked_by, described.sizes, capturing)
         kernel, name, spec, where, guards = bound.kernel, bound.name, question.spec, question.device, bound.guards
         if on_gpu and not bound.capture_safe:
-            guard = _outside_capture(guard)
+            guard = outside_capture(guard)
         elif direct and extras is NO_EXTRAS:
             kin = kin_of(q, k, v)
-    forward = kernel.forward
-    if on_gpu and torch.cuda.device_count() > 1:
-        forward = _on_device(forward, device)
     plan = Plan(
         check=guard,
-        forward=forward,
+        forward=_forward_of(kernel, copies, q, k, v, described.args),
         args=described.args,
         direct=direct,
         grad=bool(grad),
@@ -134,7 +131,17 @@ def _stretched(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Plan | None:
         return None
     args = plan.args
     args = _new(AttentionArgs, (*args[:_MAX_SEQLEN_Q], seqlen_q, seqlen_k, *args[_MAX_SEQLEN_Q + 2 :]))
-    return plan.at_other_lengths(kin.guard(q, k, v), args)
+    other = plan.at_other_lengths(kin.guard(q, k, v), args)
+    if hasattr(plan.kernel, "prepare"):
+        other.forward = _forward_of(plan.kernel, False, q, k, v, args)
+    return other
+
+
+def _forward_of(kernel: Any, copies: bool, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Callable[..., Any]:
+    """Return what a plan calls: the kernel's forward, or what its `prepare` makes of the exact sizes and strides."""
+    prepare = None if copies else getattr(kernel, "prepare", None)  # copies have other strides
+    forward: Callable[..., Any] = kernel.forward if prepare is None else prepare(q, k, v, args)
+    return on_device(forward, q.device) if q.is_cuda and torch.cuda.device_count() > 1 else forward
 
 
 _MAX_SEQLEN_Q = AttentionArgs._fields.index("max_seqlen_q")
@@ -182,12 +189,12 @@ def _poisoned(error: Exception) -> bool:
     return "CUDA error" in text and "no kernel image" not in text and "invalid configuration" not in text
 
 
-def _outside_capture(guard: TensorGuard) -> TensorGuard:
+def outside_capture(guard: TensorGuard) -> TensorGuard:
     """Keep a plan from being taken while a CUDA graph is captured: its backend is not safe there."""
     return lambda *tensors: guard(*tensors) and not torch.cuda.is_current_stream_capturing()
 
 
-def _on_device(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def on_device(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """Launch on the tensors' device: kernels that are not torch's own use the current one."""
     index = device.index
 

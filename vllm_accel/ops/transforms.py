@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,6 +52,46 @@ def redirect(q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Callable[..., A
         return lambda _, traced, options, lengths, backend: traced(q, k, v, extras, options, lengths, backend)
     if torch.is_autocast_enabled(q.device.type):
         return _autocast(q, k, v, extras)
+    return None
+
+
+def refuse_transforms(
+    named: dict[str, Tensor], others: Iterable[Tensor | None]
+) -> Literal["traced"] | torch.dtype | None:
+    """Look at a call without gradients: None for plain tensors, else what has to be done instead.
+
+    Args:
+        named: the main tensors, q first. others: the optional ones.
+
+    Returns:
+        "traced" for fake tensors, the dtype that q has to be cast to under autocast, or None.
+
+    Raises:
+        TypeError, NotImplementedError: as `redirect`.
+    """
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError("attention does not run inside vmap, grad or jvp of torch.func")
+    given = [*named.values(), *(t for t in others if isinstance(t, Tensor))]
+    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in given):
+        raise NotImplementedError("attention has no forward-mode derivative")
+    traced = torch.compiler.is_compiling()
+    for name, tensor in named.items():
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            raise TypeError(f"{name} is a nested or sparse tensor; attention over a paged cache takes plain tensors")
+        if type(tensor) not in _PLAIN:
+            if not _is_traced(tensor):
+                raise TypeError(f"{name} is a {type(tensor).__name__}; attention takes plain tensors")
+            traced = True
+    if traced:
+        return "traced"
+    q = named["q"]
+    if torch.is_autocast_enabled(q.device.type):
+        # The caches are storage and stay as they are.
+        castable = q.dtype.itemsize > 1 and q.dtype is not torch.float64
+        return torch.get_autocast_dtype(q.device.type) if castable else q.dtype
     return None
 
 

@@ -19,7 +19,8 @@ def warmup(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, ...]
     backend that fails to build is left out and logged by the call that needed it.
 
     Args:
-        fn: `attention` or `attention_varlen`. args, kwargs: of a typical call, with real tensors on their device.
+        fn: `attention`, `attention_varlen`, `attention_paged` or `attention_mla`.
+        args, kwargs: of a typical call, with real tensors on their device.
 
     Returns:
         The names of the backends that were built.

@@ -15,8 +15,10 @@ import torch
 
 from vllm_accel.dispatch import device as devices
 from vllm_accel.dispatch import registry
-from vllm_accel.testing.cases import CASES
+from vllm_accel.testing.cases import CASES, Case
+from vllm_accel.testing.cases_paged import PAGED_CASES
 from vllm_accel.testing.conformance import check_backend
+from vllm_accel.testing.conformance_paged import check_paged_backend
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -55,12 +57,14 @@ def _run(name: str, where: torch.device, dtypes: list[str], only: str) -> list[d
     rows = []
     for dtype in dtypes:
         counts = {"ran": 0, "refused": 0, "failed": 0}
-        for case in CASES:
-            if only not in case.name:
+        every: tuple[Any, ...] = (*CASES, *PAGED_CASES)
+        for case in every:
+            label = case.name if isinstance(case, Case) else f"paged_{case.name}"
+            if only not in label:
                 continue
             outcome, detail = _check(backend, case, _DTYPES[dtype], where)
             counts[outcome] += 1
-            rows.append({"backend": name, "case": case.name, "dtype": dtype, "outcome": outcome, "detail": detail})
+            rows.append({"backend": name, "case": label, "dtype": dtype, "outcome": outcome, "detail": detail})
         summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
         sys.stdout.write(f"{name} {backend.version()} {dtype}: {summary}\n")
         sys.stdout.flush()
@@ -68,8 +72,9 @@ def _run(name: str, where: torch.device, dtypes: list[str], only: str) -> list[d
 
 
 def _check(backend: Any, case: Any, dtype: torch.dtype, where: torch.device) -> tuple[str, str]:
+    check: Any = check_backend if isinstance(case, Case) else check_paged_backend
     try:
-        outcome = check_backend(backend, case, dtype=dtype, where=where)
+        outcome = check(backend, case, dtype=dtype, where=where)
     except Exception as error:  # a backend may raise anything, and the next case still counts
         return "failed", f"{type(error).__name__}: {error}"[:600]
     return ("ran", "") if outcome.ran else ("refused", "; ".join(reason.text for reason in outcome.reasons))

@@ -26,6 +26,7 @@ __all__ = [
     "attention_varlen_oracle",
     "merge_oracle",
     "plain_attention",
+    "plain_attention_paged",
     "plain_attention_varlen",
 ]
 
@@ -131,18 +132,42 @@ def attention_paged_oracle(
     q (Tq, H, D), caches (num_blocks, block_size, Hkv, D or Dv), block_table (B, max_blocks), seqused_k (B,)
     -> out (Tq, H, Dv), lse (H, Tq). Entries of the table past ``ceil(seqused_k / block_size)`` are not read.
     """
+    keys, values, ends = _gathered(k_cache, v_cache, block_table, seqused_k)
+    return attention_varlen_oracle(
+        q, keys.double(), values.double(), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=ends, **options
+    )
+
+
+def plain_attention_paged(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *,
+    cu_seqlens_q: Tensor, block_table: Tensor, seqused_k: Tensor, **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Apply :func:`plain_attention` to the gathered keys; shapes as in the paged oracle."""
+    keys, values, ends = _gathered(k_cache, v_cache, block_table, seqused_k)
+    return plain_attention_varlen(q, keys, values, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=ends, **options)
+
+
+def _gathered(
+    k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seqused_k: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the keys and values of all sequences one after another, and where each sequence ends."""
     block_size, lengths = k_cache.shape[1], [0]
-    keys, values = [k_cache[:0].flatten(0, 1).double()], [v_cache[:0].flatten(0, 1).double()]
+    keys, values = [k_cache[:0].flatten(0, 1)], [v_cache[:0].flatten(0, 1)]
     for blocks, used in zip(block_table.tolist(), seqused_k.tolist(), strict=True):
         for j in range(0, used, block_size):
             block, length = blocks[j // block_size], min(block_size, used - j)
-            keys.append(k_cache[block, :length].double())
-            values.append(v_cache[block, :length].double())
+            keys.append(k_cache[block, :length])
+            values.append(v_cache[block, :length])
         lengths.append(lengths[-1] + used)
-    return attention_varlen_oracle(
-        q, torch.cat(keys), torch.cat(values), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=torch.tensor(lengths),
-        **options,
-    )  # fmt: skip
+    return _joined(keys), _joined(values), torch.tensor(lengths)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Concatenate, also where a dtype of 8 bits has no kernel for it."""
+    dtype = parts[0].dtype
+    if dtype.itemsize > 1:
+        return torch.cat(parts)
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(dtype)
 
 
 def merge_oracle(outs: Sequence[Tensor], lses: Sequence[Tensor], sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,132 @@
+"""From measured rows to the time of a call that nobody measured: a model of the work, corrected by its neighbours.
+
+The model is a roofline (Williams, Waterman, Patterson 2009): operations over a rate, bytes over a bandwidth, whichever
+takes longer, and a fixed cost. How far a backend is from it at a measured point says how far it is nearby.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_accel.dispatch.measured import Row, Timing
+from vllm_accel.dispatch.spec import AttentionSpec, Feature, GemmSpec, Relation
+
+#: A row speaks for a call within one octave in each length (SPEC 4.3).
+NEAR_OCTAVES = 1.0
+#: A gain below this is not worth leaving the shipped order for, whatever the noise says.
+LEAST_GAIN = 0.03
+#: Operations per second, bytes per second, seconds. Only ratios within an octave matter: a data-centre GPU, rounded.
+_RATE, _BANDWIDTH, _FIXED = 5e14, 3e12, 4e-6
+#: Options that cost next to nothing, so that rows with and without them speak for each other.
+_FREE = Feature.SCALE | Feature.LSE | Feature.FINITE_TAIL
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a call is expected to take.
+
+    Attributes:
+        seconds: by interpolation. noise: relative, of the rows it rests on. rows: how many.
+        exact: the very kind of call was measured.
+    """
+
+    seconds: float
+    noise: float
+    rows: int
+    exact: bool
+
+
+def estimates(spec: Any, rows: Iterable[Row]) -> dict[str, Estimate]:
+    """Return the expected time of every backend that was measured near a kind of call."""
+    near = [(row, distance) for row in rows if (distance := _distance(spec, row.spec)) is not None]
+    names = dict.fromkeys(name for row, _ in near for name in row.times)
+    return {
+        name: _interpolate(spec, [(r.spec, r.times[name], d) for r, d in near if name in r.times]) for name in names
+    }
+
+
+def best_first(order: tuple[str, ...], known: dict[str, Estimate]) -> tuple[str, ...]:
+    """Return `order` with the fastest first, as far as something was measured.
+
+    Of the backends that are as fast as the fastest within the noise, the first of `order` leads; those without a
+    measurement follow, in their order.
+    """
+    measured = [name for name in order if name in known]
+    if not measured:
+        return order
+    fastest = min((known[name] for name in measured), key=lambda e: e.seconds)
+
+    def as_fast(e: Estimate) -> bool:
+        return e.seconds <= fastest.seconds * (1 + max(LEAST_GAIN, e.noise + fastest.noise))
+
+    leaders = [name for name in measured if as_fast(known[name])]
+    followers = sorted((n for n in measured if n not in leaders), key=lambda name: known[name].seconds)
+    return (*leaders, *followers, *(name for name in order if name not in known))
+
+
+def _interpolate(spec: Any, points: list[tuple[Any, Timing, float]]) -> Estimate:
+    """Weigh the ratio of measured to modelled time by the inverse square of the distance."""
+    work, total, weighted, noise = model(spec), 0.0, 0.0, 0.0
+    for point, timing, distance in points:
+        if distance == 0.0:
+            return Estimate(timing.seconds, timing.noise, 1, True)
+        weight = 1.0 / distance**2
+        total += weight
+        weighted += weight * math.log(timing.seconds / model(point))
+        noise += weight * timing.noise
+    return Estimate(work * math.exp(weighted / total), noise / total, len(points), False)
+
+
+def _distance(a: Any, b: Any) -> float | None:
+    """Return how far two kinds of calls are in octaves, None where one says nothing about the other."""
+    if type(a) is not type(b) or _class(a) != _class(b):
+        return None
+    steps = [abs(math.log2(max(x, 1) / max(y, 1))) for x, y in zip(_extents(a), _extents(b), strict=True)]
+    if max(steps) > NEAR_OCTAVES + 1e-9:
+        return None
+    return math.sqrt(sum(step * step for step in steps))
+
+
+def _class(spec: Any) -> tuple[Any, ...]:
+    """Return what has to be equal."""
+    if isinstance(spec, AttentionSpec):
+        return (
+            spec.dtype, spec.kv_dtype, spec.head_dim, spec.head_dim_v, spec.features & ~_FREE, spec.relation,
+            spec.block_size,
+        )  # fmt: skip
+    return (spec.dtype, spec.bias, spec.grad) if isinstance(spec, GemmSpec) else (spec,)
+
+
+def _extents(spec: Any) -> tuple[int, ...]:
+    """Return the lengths: sequences times key heads share the processor, and a group of heads shares its keys."""
+    if isinstance(spec, AttentionSpec):
+        return (
+            max(spec.batch, 1) * spec.num_kv_heads, spec.num_heads // spec.num_kv_heads, spec.seqlen_q, spec.seqlen_k,
+        )  # fmt: skip
+    return (spec.m, spec.n, spec.k) if isinstance(spec, GemmSpec) else ()
+
+
+def model(spec: Any) -> float:
+    """Return the roofline time of a kind of call in seconds: right within an octave up to a factor."""
+    if isinstance(spec, GemmSpec):
+        operations = 2.0 * spec.m * spec.n * spec.k * (3 if spec.grad else 1)
+        moved = (spec.m * spec.k + spec.k * spec.n + spec.m * spec.n) * spec.dtype.itemsize
+        return max(operations / _RATE, moved / _BANDWIDTH) + _FIXED
+    assert isinstance(spec, AttentionSpec)
+    batch, pairs = max(spec.batch, 1), spec.seqlen_q * spec.seqlen_k
+    if Feature.CAUSAL in spec.features and spec.relation is Relation.EQUAL:
+        pairs //= 2
+    sizes = spec.head_dim + spec.head_dim_v
+    operations = 2.0 * batch * spec.num_heads * pairs * sizes * (3.5 if Feature.GRAD in spec.features else 1.0)
+    moved = (
+        batch
+        * sizes
+        * (
+            spec.num_heads * spec.seqlen_q * spec.dtype.itemsize
+            + spec.num_kv_heads * spec.seqlen_k * spec.kv_dtype.itemsize
+        )
+    )
+    return max(operations / _RATE, moved / _BANDWIDTH) + _FIXED
