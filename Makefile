@@ -59,7 +59,7 @@ clean:
 
 # The editable install is repeated when what it depends on changes. setuptools goes in first and build isolation
 # off, so that the build uses the pinned version and downloads it once.
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.hpp)
 	@$(PY) -m pip --version >/dev/null 2>&1 || { \
 	  $(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("Python %d.%d does not do: vllm-accel needs 3.10 to 3.13. Try: make PYTHON=python3.12 ..." % v)' \
 	  && echo 'creating $(VENV)' && $(PYTHON) -m venv --clear $(VENV); }

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm_accel.tuning.measure import step
 
-from benchmarks import check, machine, shapes, timing
-from benchmarks.attention_calls import AUTO, contestants, step
-from benchmarks.shapes import Shape
-from benchmarks.timing import Call, Timed
+from benchmarks import machine, shapes
+from benchmarks.attention_calls import AUTO, contestants
+from vllm_accel.tuning import check, timing
+from vllm_accel.tuning.shape import Shape
+from vllm_accel.tuning.timing import Call, Timed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MATMUL, COPY = "a matrix product", "a copy"

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from vllm_accel.tuning.measure import Attend
 
-from benchmarks.shapes import Inputs, Shape
 from vllm_accel import State, attention, attention_varlen, explain
-
-Attend = Callable[[Inputs], Tensor]
+from vllm_accel.tuning.shape import Inputs, Shape
 
 AUTO, BY_HAND = "attention()", "torch sdpa by hand"
 _RUNS = (State.CHOSEN, State.ABLE, State.HELD_BACK, State.QUARANTINED)
@@ -30,23 +29,6 @@ def contestants(shape: Shape, inputs: Inputs) -> tuple[dict[str, Attend], dict[s
         else:
             refused[candidate.name] = "; ".join(str(reason) for reason in candidate.reasons)
     return calls, refused, selection.chosen or ""
-
-
-def step(attend: Attend, shape: Shape, inputs: Inputs) -> Callable[[], list[Tensor]]:
-    """Return what is timed: a forward without gradients, or a forward with its backward; gives [out, dq, dk, dv]."""
-    if shape.kind != "train":
-
-        def forward() -> list[Tensor]:
-            with torch.no_grad():
-                return [attend(inputs)]
-
-        return forward
-
-    def train() -> list[Tensor]:
-        out = attend(inputs)
-        return [out, *torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.dout)]
-
-    return train
 
 
 def _named(fn: Callable[..., Any], backend: str | None) -> Attend:

@@ -6,101 +6,11 @@ held beside other people's.
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
+from vllm_accel.tuning.shape import Inputs, Kind, Shape
 
-Kind = Literal["prefill", "decode", "train"]
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """One attention call to time.
-
-    Attributes:
-        name: unique. kind: "train" times forward with backward, "decode" is bound by reading the cache.
-        batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim, head_dim_v: sizes of a dense call.
-        lengths: (query, key) lengths of packed sequences; makes the call varlen. causal: aligned bottom-right.
-    """
-
-    name: str
-    kind: Kind
-    batch: int = 1
-    seqlen_q: int = 0
-    seqlen_k: int = 0
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    head_dim_v: int = 0
-    causal: bool = True
-    lengths: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def sequences(self) -> tuple[tuple[int, int], ...]:
-        """Return the (query, key) length of each sequence."""
-        return self.lengths or ((self.seqlen_q, self.seqlen_k),) * self.batch
-
-    @property
-    def dim_v(self) -> int:
-        """Return the head size of values."""
-        return self.head_dim_v or self.head_dim
-
-    def flops(self) -> float:
-        """Return the operations of one call: a causal triangle counts half, backward two and a half forwards."""
-        pairs = 0.0
-        for n_q, n_k in self.sequences:  # every causal shape here has Sq <= Sk
-            pairs += n_q * n_k - (n_q * n_q / 2 if self.causal and n_q > 1 else 0.0)
-        forward = 2.0 * pairs * self.heads * (self.head_dim + self.dim_v)
-        return forward * 3.5 if self.kind == "train" else forward
-
-    def bytes(self, dtype: torch.dtype) -> float:
-        """Return what a forward has to read and write at least once."""
-        n_q, n_k = (sum(lengths) for lengths in zip(*self.sequences, strict=True))
-        elements = (n_q * self.heads + n_k * self.kv_heads) * (self.head_dim + self.dim_v)
-        return float(elements * dtype.itemsize)
-
-    def make(self, dtype: torch.dtype, device: torch.device) -> Inputs:
-        """Draw the tensors of the call, requiring gradients for "train"."""
-        lead_q: tuple[int, ...] = (self.batch, self.seqlen_q)
-        lead_k: tuple[int, ...] = (self.batch, self.seqlen_k)
-        options: dict[str, Any] = {"causal": self.causal}
-        if self.lengths:
-            ends_q, ends_k = ([0, *itertools.accumulate(column)] for column in zip(*self.lengths, strict=True))
-            lead_q, lead_k = (ends_q[-1],), (ends_k[-1],)
-            cu_q = torch.tensor(ends_q, dtype=torch.int32, device=device)
-            cu_k = cu_q if ends_q == ends_k else torch.tensor(ends_k, dtype=torch.int32, device=device)
-            longest_q, longest_k = (max(column) for column in zip(*self.lengths, strict=True))
-            options |= {
-                "cu_seqlens_q": cu_q,
-                "cu_seqlens_k": cu_k,
-                "max_seqlen_q": longest_q,
-                "max_seqlen_k": longest_k,
-            }
-        generator = torch.Generator(device).manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
-            return drawn.requires_grad_(self.kind == "train")
-
-        q = draw(*lead_q, self.heads, self.head_dim)
-        k = draw(*lead_k, self.kv_heads, self.head_dim)
-        v = draw(*lead_k, self.kv_heads, self.dim_v)
-        dout = torch.randn((*q.shape[:-1], self.dim_v), generator=generator, device=device).to(dtype)
-        return Inputs(q, k, v, dout, options, self.lengths)
-
-
-class Inputs(NamedTuple):
-    """The tensors of one call, a gradient of the output, the keyword arguments, and the lengths on the host."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-    options: dict[str, Any]
-    lengths: tuple[tuple[int, int], ...] = ()
+__all__ = ["CPU_SHAPES", "GPU_SHAPES", "QUICK_SHAPES", "Inputs", "Kind", "Shape", "named"]
 
 
 def _square(name: str, kind: Kind, s: int, **sizes: Any) -> Shape:

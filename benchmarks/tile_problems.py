@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
-from vllm_accel.kernels.triton import backward as bwd
+from vllm_accel.kernels.triton import backward_launch as bwd
 from vllm_accel.kernels.triton import forward_launch, paged_launch, splits
 from vllm_accel.kernels.triton.launch import Launch, run
 from vllm_accel.kernels.triton.tiles import Tile

@@ -27,13 +27,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import machine, tile_table, timing
+from benchmarks import machine, tile_table
 from benchmarks.crosscompile import ARCHS, SHARED_LIMIT, Compiled, compile_launch
 from benchmarks.tile_problems import HEAD_DIMS, KERNELS, Data, Entry, Where, entries
 from vllm_accel.dispatch.device import Device, detect
 from vllm_accel.kernels.triton import tiles
 from vllm_accel.kernels.triton.launch import run
 from vllm_accel.kernels.triton.tiles import Tile
+from vllm_accel.tuning import timing
 
 #: After one round, what is this much slower than the fastest is out; then so many rounds decide.
 CLOSE, ROUNDS = 1.25, 7

@@ -65,9 +65,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the user's compiled kernels and tile tables out of the tests, and the tests out of those."""
+    """Keep the user's compiled kernels, tile tables and measured tables out of the tests, and the tests out of those.
+
+    The shipped measured tables too: what a test expects of a GPU that is not here is the shipped order.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         tables = tmp_path_factory.mktemp("tiles")
         patch.setattr("vllm_accel.kernels.triton.tiles.user_directory", lambda: tables)
+        patch.setenv("VLLM_ACCEL_TABLES", str(tmp_path_factory.mktemp("tables")))
+        patch.setattr("vllm_accel.dispatch.measured._SHIPPED", tmp_path_factory.mktemp("shipped"))
         yield

@@ -45,6 +45,8 @@ OWN_CASES: tuple[PagedCase, ...] = (
     PagedCase("cross_alibi_window", "no shift inside a window", _CROSS, alibi="batch",
               options={"window_size": (4, -1), **_CAUSAL}),
     PagedCase("decode_alibi", "no shift for one query", alibi="heads"),
+    PagedCase("mla_128", "the one number of heads that XQA has", ((1, 70), (0, 9), (1, 3)), tail=1, num_heads=128,
+              head_dim=576, head_dim_v=512, mla=True, block_size=64, finite=True, options={"softmax_scale": 192**-0.5}),
     PagedCase("mla_decode_tail", "", _GAP, tail=2, num_heads=16, head_dim=576, head_dim_v=512, mla=True, sinks=True,
               options={"softmax_scale": 192**-0.5}),
 )  # fmt: skip
@@ -135,7 +137,8 @@ def check_out(adapter: Adapter, case: PagedCase, dtype: torch.dtype) -> Outcome:
 
 _SIZES = {"value_dim", "value_dim_larger"}
 _ALIBI = {"alibi", "alibi_batch", "decode_alibi", "decode_gap_alibi", "cross_alibi", "cross_alibi_window"}
-_MLA = {"mla", "mla_prefill", "mla_small", "mla_fp8", "mla_window", "mla_decode_tail", "mla_invariant"}
+_MLA = {"mla", "mla_prefill", "mla_small", "mla_fp8", "mla_window", "mla_decode_tail", "mla_invariant",
+        "mla_128"}  # fmt: skip
 _FP8 = {"fp8_scalar", "fp8_heads", "fp8_batch", "fp8_plain", "fp8_head_major", "decode_gap_fp8"}
 _FACTORS = _FP8 - {"fp8_plain"}
 _INT8 = {"int8_scalar", "int8_heads", "int8_batch"}
@@ -148,7 +151,7 @@ _XQA = _TRT | (_MLA - {"mla_window"}) | {"mla_window", "block_1", "block_24", "b
 _GEN = _TRT | {"head_256", "window", "cross_open_right", "speculative_right", "mla_prefill", "mla_small", "mla_fp8"}
 _FINITE: dict[str, Any] = {"finite": True}
 _FEW = frozenset({"decode", "decode_gap", "no_keys", "mixed", "speculative", "sinks_tail", "window_causal",
-                  "cross_causal", "cross_open_right", "scale", "softcap", "head_256", "value_dim", "alibi"})  # fmt: skip
+                  "cross_causal", "cross_open_right", "scale", "softcap", "head_256", "alibi"})  # fmt: skip
 
 _FMHA = _NEVER | _ALIBI | {"softcap", "mla_window"}
 _WINDOWS = {"window", "window_decode", "window_zero", "decode_gap_window", "speculative_right", "cross_open_right"}
@@ -167,7 +170,7 @@ ADAPTERS = {
     "flashinfer_out": Adapter("flashinfer", "flashinfer", "a100", frozenset(_FI), queries=8, lse=False,
                               only=frozenset(_FP8 | {"decode_gap", "speculative"})),
     "xqa": Adapter("tensorrt_llm", "flashinfer", "h100", frozenset(_XQA | _FP8), queries=1, lse=False),
-    "xqa_sm120": Adapter("tensorrt_llm", "flashinfer", "sm_120", frozenset(_XQA), queries=1, lse=False,
+    "xqa_sm120": Adapter("tensorrt_llm", "flashinfer", "sm_120", frozenset(_XQA - {"mla_128"}), queries=1, lse=False,
                          only=frozenset(_FP8 | _MLA | {"decode_gap", "sinks"})),
     "gen": Adapter("tensorrt_llm", "flashinfer", "b200", frozenset(_GEN | _FACTORS | {"mla_window"}),
                    {**_FINITE, "block_size": 32}),

@@ -104,7 +104,7 @@ def test_every_option_changes_the_spec() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "rank": ({"kv_cache": torch.randn(6, BLOCK, 1, 40)}, ValueError, r"kv_cache must be \(num_blocks, block_size, head"),
+    "rank": ({"kv_cache": torch.randn(6, BLOCK, 1, 40)}, ValueError, "kv_cache must be"),
     "not a tensor": ({"kv_cache": 3}, TypeError, "kv_cache must be a tensor, not int"),
     "value size": ({"head_dim_v": 41}, ValueError, "head_dim_v must be an int from 1 to D=40, not 41"),
     "value size 0": ({"head_dim_v": 0}, ValueError, "from 1 to D=40, not 0"),

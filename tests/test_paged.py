@@ -61,10 +61,17 @@ def call(backend: str | None = None) -> Any:
     return run
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", PAGED_CASES, ids=lambda case: case.name)
 def test_reference_runs_everything(case: PagedCase, dtype: str) -> None:
     check_paged_call(call("reference"), case, dtype=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa_cpu"])
+@pytest.mark.parametrize("dtype", ["fp16", "fp64"])
+@pytest.mark.parametrize("name", ["mixed", "fp8_heads", "int8_batch", "sinks_tail", "mla_small"])
+def test_other_dtypes(name: str, dtype: str, backend: str) -> None:
+    check_paged_call(call(backend), BY_NAME[name], dtype=DTYPES[dtype])
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -494,6 +501,17 @@ def test_explain_says_that_keys_and_values_are_copied() -> None:
     assert "copies keys and values" in str(shown)
     notes = {c["name"]: c["notes"] for c in shown.as_dict()["candidates"]}
     assert notes["sdpa_cpu"] and not notes["reference"]
+
+
+def test_limits_over_copies_are_those_of_the_packed_call() -> None:
+    (q, k, v), options = _call()
+    n = 40000  # of free lengths the memory-efficient kernel takes half of a grid's 65535 sequences
+    options |= {"cu_seqlens_q": torch.zeros(n + 1, dtype=INT), "block_table": torch.zeros(n, 3, dtype=INT)}
+    options["seqused_k"] = torch.zeros(n, dtype=INT)
+    meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    shown = explain(attention_paged, *(t.half().to("meta") for t in (q, k, v)), **meta, device="h100")
+    assert [reason.code for reason in shown["sdpa_efficient"].reasons] == ["grid_batch"]
+    assert not shown["sdpa_flash"].reasons
 
 
 @pytest.mark.parametrize("device", ["h100", "t4", "cpu", "mi300x"])

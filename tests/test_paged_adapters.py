@@ -82,6 +82,8 @@ def test_a_tail_that_may_be_nan_is_refused(name: str, monkeypatch: pytest.Monkey
         ("xqa", {"num_heads": 33, "num_kv_heads": 1}, "32 query heads"),
         ("xqa", {"cache": torch.float8_e4m3fn}, "FP8"),
         ("gen", {"block_size": 128}, "16, 32 or 64"),
+        ("xqa", {"mla": True, "head_dim": 576, "head_dim_v": 512}, "for sm_90"),
+        ("xqa_sm120", {"mla": True, "head_dim": 576, "head_dim_v": 512}, "finite_tail"),
         ("gen", {"lengths": ((2, 20),), "options": {"window_size": (-1, 3)}}, "causal=True only"),
     ],
 )
@@ -406,7 +408,7 @@ TABLE: tuple[tuple[tuple[str, ...], str, Mutation, str], ...] = (
     (("gen",), "causal is always", passes("context", causal=True), "prefill_full"),
     (("gen",), "causal is never", passes("context", causal=False), "prefill"),
     (("gen",), "empty rows are left", attribute(TRT, "finished", unfinished), "cross_causal"),
-    (("gen",), "the MLA scale is dropped", passes("mla", bmm1_scale=0.1), "mla"),
+    (("gen", "xqa_sm120"), "the MLA scale is dropped", passes("mla", bmm1_scale=0.1), "mla_128"),
     (("gen",), "the MLA log-sum-exp is of base e", passes("mla", return_lse_base="basee"), "mla"),
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from crosscompile import ARCHS, SHARED_LIMIT, TENSOR_CORES, Compiled, assert_fits, compile_launch
-from vllm_accel.kernels.triton import backward
+from vllm_accel.kernels.triton import backward_launch
 from vllm_accel.kernels.triton.launch import Launch
 from vllm_accel.kernels.triton.tiles import Tile, lookup, shipped
 
@@ -22,7 +22,7 @@ SEQLEN, HEADS, KV_HEADS = 2048, 8, 2
 def problem(
     head_dim: int, dtype: torch.dtype = torch.bfloat16, *, causal: bool = True, softcap: float = 0.0,
     dropout: bool = False, bias: torch.dtype | None = None, varlen: bool = False, stride: int = 0, tf32: bool = False,
-) -> backward.Problem:  # fmt: skip
+) -> backward_launch.Problem:  # fmt: skip
     """Describe a call by meta tensors; `stride` puts tokens that far apart."""
 
     def meta(*shape: int, to: torch.dtype = dtype) -> Tensor:
@@ -34,7 +34,7 @@ def problem(
         q = torch.empty_strided(q.shape, (SEQLEN * stride, stride, head_dim, 1), dtype=dtype, device="meta")
     lse = meta(*lead[:-1], HEADS, lead[-1], to=torch.float32)
     cu = meta(3, to=torch.int32) if varlen else None
-    return backward.Problem(
+    return backward_launch.Problem(
         q=q, k=k, v=k, out=meta(*lead, HEADS, head_dim), lse=lse, rng=meta(2, to=torch.int64) if dropout else None,
         dout=meta(*lead, HEADS, head_dim), dlse=lse, cu_seqlens_q=cu, cu_seqlens_k=cu, alibi_slopes=None,
         attn_bias=None if bias is None else meta(2, 1, SEQLEN, SEQLEN, to=bias), sinks=meta(HEADS, to=torch.float32),
@@ -43,19 +43,21 @@ def problem(
     )  # fmt: skip
 
 
-def launch(kind: str, call: backward.Problem, tile: Tile) -> Launch:
+def launch(kind: str, call: backward_launch.Problem, tile: Tile) -> Launch:
     delta = call.lse
     dk, dv = torch.empty_like(call.k), torch.empty_like(call.v)
     if kind == "fused":
         dq_sum = torch.empty(call.q.shape, dtype=torch.float32, device="meta")
-        return backward.dkv_launch(call, delta, dk, dv, dq_sum, tile)
+        return backward_launch.dkv_launch(call, delta, dk, dv, dq_sum, tile)
     if kind == "dkv":
-        return backward.dkv_launch(call, delta, dk, dv, None, tile)
+        return backward_launch.dkv_launch(call, delta, dk, dv, None, tile)
     if kind == "dq":
-        return backward.dq_launch(call, delta, torch.empty(call.q.shape, device="meta", dtype=call.q.dtype), None, tile)
+        return backward_launch.dq_launch(
+            call, delta, torch.empty(call.q.shape, device="meta", dtype=call.q.dtype), None, tile
+        )
     assert call.attn_bias is not None
     sums = torch.empty((1, *call.attn_bias.shape), dtype=torch.float32, device="meta")
-    return backward.bias_launch(call, delta, sums, tile)
+    return backward_launch.bias_launch(call, delta, sums, tile)
 
 
 def compiled(kind: str, arch: str, head_dim: int, heavy: bool = False, **options: Any) -> Compiled:
@@ -143,8 +145,8 @@ def test_small_kernels() -> None:
     """delta and the sinks: no matrix products, no spills."""
     call = problem(128)
     for made in (
-        backward.delta_launch(call, call.lse),
-        backward.sinks_launch(call, call.lse, torch.empty(HEADS, device="meta")),
+        backward_launch.delta_launch(call, call.lse),
+        backward_launch.sinks_launch(call, call.lse, torch.empty(HEADS, device="meta")),
     ):
         assert_fits(compile_launch(made, "sm_90"), "sm_90", tensor_cores=False)
 

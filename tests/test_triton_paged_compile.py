@@ -199,11 +199,11 @@ def rows_computed(work: Work, sizes: Sizes, q_len: int) -> int:
     "lengths", [[1], [1] * 40, [4, 1, 8], [9], [700], [700, 1, 1, 8, 9], [2000, 2000], [1, 0, 33], [5, 100000, 1]]
 )
 def test_every_row_is_computed_once(lengths: list[int], batch_invariant: bool) -> None:
-    for group, max_k, sinks in itertools.product((1, 4, 5, 128), (1, 700, 100000), (False, True)):
+    for group, max_k, sinks in itertools.product((1, 3, 128), (1, 700, 100000), (False, True)):
         sizes = Sizes(sum(lengths) + 3, len(lengths), 2 * group, 2, 64, max(lengths), max_k, 0, batch_invariant, sinks)
 
         def tile(rows: int) -> Tile:
-            return Tile(16 if rows <= 16 else 64, 32, 4, 2)
+            return Tile(16 if rows <= 16 else 32 if rows <= 32 else 64, 32, 4, 2)
 
         works = splits.plan_work(sizes, tile, 132)
         for q_len in lengths:
@@ -217,7 +217,7 @@ def test_every_row_is_computed_once(lengths: list[int], batch_invariant: bool) -
                 assert work.tiles >= regions
         needed = max((w.num_splits * w.part_rows for w in works if w.split), default=0)
         assert splits.scratch(works, sizes) == needed * sizes.num_heads * 65
-        if batch_invariant:
+        if batch_invariant and max(lengths) >= 5:
             # Tile and splits of a sequence of 5 tokens are those it has alone.
             alone = splits.plan_work(sizes._replace(tokens=5, batch=1, max_seqlen_q=5), tile, 132)
             mine = [w for w in works if w.low_q <= 5 <= w.high_q]

@@ -64,18 +64,14 @@ def tile_dim(head_dim: int, head_dim_v: int) -> int:
     raise ValueError(f"head sizes up to {HEAD_DIMS[-1]}; got {head_dim} and {head_dim_v}")
 
 
-def is_ready(tensor: Tensor) -> bool:
-    """Tell whether TMA can read a (..., S, heads, D) tensor in place.
+def strides_are_ready(tensor: Tensor) -> bool:
+    """Tell whether TMA can read the strides of a (..., S, heads, D) tensor: 1, and positive multiples of 16 bytes.
 
-    It wants an innermost stride of 1, other strides that are positive multiples of 16 bytes, an address likewise.
+    The address has to be a multiple of 16 bytes too, which may differ from call to call.
     """
     size = tensor.element_size()
     strides = zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
-    return (
-        tensor.stride(-1) == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(n == 1 or (s > 0 and s * size % 16 == 0) for s, n in strides)
-    )
+    return tensor.stride(-1) == 1 and all(n == 1 or (s > 0 and s * size % 16 == 0) for s, n in strides)
 
 
 def descriptor(tensor: Tensor, rows: int, tile: int) -> TensorDescriptor:
@@ -112,7 +108,7 @@ def forward_launch(
     """Describe the launch that fills out and lse.
 
     Args:
-        q, k, v: as `is_ready` wants them; (B, S, heads, D) or packed (T, heads, D) with int32 cu_seqlens.
+        q, k, v: with strides and addresses for TMA; (B, S, heads, D) or packed (T, heads, D) with int32 cu_seqlens.
         head_dim_v: the caller's, before padding to a multiple of 8.
         out: contiguous, like q with head_dim_v. lse: contiguous fp32 (B, H, Sq) or (H, Tq).
         sm_count: multiprocessors of the device.
@@ -163,7 +159,8 @@ _compiled: dict[Any, tuple[Any, Any, Any]] = {}
 class BoundForward:
     """A launch whose sizes and strides stay; tensors of the same kind and the scale change from call to call.
 
-    Tensors must be on the current device; its current stream is used. q, k and v must be `is_ready`.
+    Tensors must be on the current device; its current stream is used. q, k and v must have addresses
+    that are multiples of 16 bytes, and the strides of the launch.
     """
 
     __slots__ = ("_constants", "_fixed", "_grid", "_index", "_key", "_launch", "_tails")

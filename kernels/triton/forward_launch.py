@@ -11,8 +11,9 @@ from vllm_accel.kernels.triton.launch import Launch
 from vllm_accel.kernels.triton.scores import ADDITIVE, BOOLEAN, NO_BIAS, folds
 from vllm_accel.kernels.triton.tiles import Tile, lookup
 
-#: Keys and values of the heads that run side by side should fit the L2 cache together with what streams through it:
-#: half of an A100's 40 MB. Compiled, not timed.
+#: Keys and values of the heads that run side by side should fit the L2 cache. On an H200 (causal, 128, 32 heads of
+#: 8192, bf16, 2026-11-23) one head at a time gives 445 TFLOP/s, 5 MB 440, 10 MB 457, 20 MB 462, 40 MB 464, all heads
+#: 461.
 _L2_BYTES = 20 << 20
 
 

@@ -108,10 +108,11 @@ def plan_work(sizes: Sizes, tile_for: Callable[[int], Tile], sm_count: int, num_
     if not sizes.batch_invariant:
         # Few tiles: one launch, with splits for long and short queries alike.
         splits = num_splits or (choose_splits(blocks, places, _keys(sizes)) if 5 * blocks < 4 * places else 1)
-        if splits > 1 or sizes.batch == 1:
+        # Nor another launch where no sequence can be as short as a decode, unless q has rows past the last one; then
+        # that sequence is only slower. (Not with batch_invariant: the launch decides how it is summed.)
+        long_only = sizes.tokens > (sizes.batch - 1) * sizes.max_seqlen_q + DECODE_TOKENS
+        if splits > 1 or sizes.batch == 1 or long_only:
             return (everything._replace(num_splits=splits, split=splits > 1),)
-    if sizes.tokens > (sizes.batch - 1) * sizes.max_seqlen_q + DECODE_TOKENS:
-        return (everything,)  # no sequence can be as short as a decode
     decode = _decode(sizes, group, tile_for, sm_count, num_splits, tail=False)
     return everything._replace(low_q=DECODE_TOKENS + 1), decode
 

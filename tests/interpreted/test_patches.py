@@ -131,6 +131,7 @@ CASES: list[tuple[str, Callable[..., None], tuple[object, ...], Tensor]] = [
     ("fp_to_fp", cast_kernel, (SPREAD,), SPREAD.to(E4M3)),
     ("fp_to_fp", cast_kernel, (BIG,), BIG.clamp(-448, 448).to(E4M3)),
     ("fp_to_fp", cast_kernel, (WIDE,), WIDE.to(E5M2)),
+    ("fp_to_fp", cast_kernel, (BIG * 100,), (BIG * 100).clamp(-57344, 57344).to(E5M2)),
     ("fp_to_fp", cast_kernel, (torch.tensor([float("nan"), 2.0]).to(E4M3),), torch.tensor([float("nan"), 2.0])),
     ("reduce", reduce_kernel, (X,), torch.stack([X.float().sum(), X.float().min()]).to(BF16)),
     ("none", cumsum_kernel, (X,), X.float().flip(0).cumsum(0).flip(0).to(BF16)),

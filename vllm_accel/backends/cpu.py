@@ -17,7 +17,6 @@ from vllm_accel.dispatch.spec import PROMISES, AttentionSpec, Feature
 from vllm_accel.errors import Reason
 from vllm_accel.kernels.cpu import load, type_code
 
-
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 

@@ -105,12 +105,13 @@ class GluonAttention:
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Forward:
         """Return `forward` for calls with these sizes, strides and options; tensors and the scale may differ."""
         *lead, tokens, heads, _ = q.shape
-        head_dim_v, ready = v.shape[-1], self._ready
+        head_dim_v = v.shape[-1]
+        ready_q, ready_k, ready_v = (_conversion(t, self._launches.strides_are_ready(t)) for t in (q, k, v))
         out_shape, lse_shape = (*lead, tokens, heads, head_dim_v), (*lead, heads, tokens)
         dtype, device, empty = q.dtype, q.device, torch.empty
         bound = self._launches.BoundForward(
             self._launches.forward_launch(
-                ready(q), ready(k), ready(v), q.new_empty(out_shape), q.new_empty(lse_shape, dtype=torch.float32),
+                ready_q(q), ready_k(k), ready_v(v), q.new_empty(out_shape), q.new_empty(lse_shape, dtype=torch.float32),
                 cu_seqlens_q=args.cu_seqlens_q, cu_seqlens_k=args.cu_seqlens_k, max_seqlen_q=args.max_seqlen_q,
                 max_seqlen_k=args.max_seqlen_k, softmax_scale=args.softmax_scale, causal=args.causal,
                 head_dim_v=head_dim_v, variant=self._variant, sm_count=self._device.sm_count,
@@ -125,15 +126,10 @@ class GluonAttention:
             cu_q, cu_k = args.cu_seqlens_q, args.cu_seqlens_k
             if cu_q is not None and cu_k is not None:
                 cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
-            bound(ready(q), ready(k), ready(v), out, lse, cu_q, cu_k, args.softmax_scale)
+            bound(ready_q(q), ready_k(k), ready_v(v), out, lse, cu_q, cu_k, args.softmax_scale)
             return out, lse, None
 
         return forward
-
-    def _ready(self, tensor: Tensor) -> Tensor:
-        """Return a tensor that TMA can read: rows of a multiple of 16 bytes, and a copy where strides need one."""
-        tensor = pad_heads(tensor, round_up(tensor.shape[-1], 8))
-        return tensor if self._launches.is_ready(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
     def backward(
         self,
@@ -151,6 +147,24 @@ class GluonAttention:
         from vllm_accel.backends.triton import TritonAttention
 
         return TritonAttention(self._spec, self._device).backward(q, k, v, args, out, lse, rng, dout, dlse)
+
+
+def _conversion(tensor: Tensor, strides_are_ready: bool) -> Callable[[Tensor], Tensor]:
+    """Return what makes tensors of these sizes and strides readable for TMA, always with the same strides."""
+    head_dim = tensor.shape[-1]
+    if head_dim % 8:
+        return lambda t: pad_heads(t, round_up(head_dim, 8)).contiguous()
+    return _at_aligned_address if strides_are_ready else _contiguous_copy
+
+
+def _at_aligned_address(tensor: Tensor) -> Tensor:
+    if tensor.data_ptr() % 16 == 0:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _contiguous_copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 BACKEND = GluonHopperBackend()

@@ -3,8 +3,8 @@
 Conventions, read in flashinfer 0.7.2 (decode.py, prefill.py, mla/_core.py, xqa.py; data/csrc/xqa/mha.cu): a buffer of
 scratch memory, zero before its first use; ``bmm1_scale`` is the softmax scale and ``bmm2_scale`` a factor on the
 values, both one number for all heads; the log-sum-exp is (T, H) in base 2; a window counts keys left of the diagonal,
--1 is none. Nothing is said about a sequence without keys: each of these gets one block to read, and its rows are cleared
-afterwards. XQA reads q, out and the table as dense memory.
+-1 is none. Nothing is said about a sequence without keys: each of these gets one block to read, and its rows are
+cleared afterwards. XQA reads q, out and the table as dense memory.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def examine() -> dict[str, Any]:
         "backends": lambda: examined.backend_rows() if examined else [],
         "torch": lambda: doctor_machine.torch_rows(device),
         "system": doctor_machine.system_rows,
-        "toolchain": doctor_machine.toolchain_rows,
+        "toolchain": lambda: doctor_machine.toolchain_rows(device),
         "settings": doctor_settings.setting_rows,
         "other variables": doctor_settings.foreign_rows,
         "packages": doctor_settings.package_rows,

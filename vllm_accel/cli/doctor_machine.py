@@ -7,19 +7,19 @@ import platform
 import re
 import shutil
 import subprocess
-import sysconfig
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 
 from vllm_accel.cli import triton_cache
 from vllm_accel.cli.doctor_backends import Problem
 from vllm_accel.cli.machine import carries, local_devices, this_machine, version_text
 from vllm_accel.dispatch.device import Device
+from vllm_accel.kernels.triton import toolchain
 
 GIB, KIB = 1024**3, 1024
 SECONDS = 10  # a tool that takes longer to say its version hangs
@@ -110,23 +110,29 @@ def system_rows() -> list[dict[str, str]]:
     return [{"system": name, "value": read(ask)} for name, ask in facts.items()]
 
 
-def toolchain_rows(environ: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
+def toolchain_rows(device: Device | None = None) -> list[dict[str, str]]:
     """Find what compiles kernels at run time (Triton) or at installation (flash-attn), and Triton's cache."""
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    cc = shutil.which(environ.get("CC", "")) or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    arch = device.arch if device is not None and device.type == "cuda" else None
+    header = toolchain.headers
     tools: dict[str, tuple[Callable[[], Any], str]] = {
-        "C compiler": (lambda: cc or "MISSING: install one (apt-get install gcc), or set CC", "Triton, CPU kernels"),
-        "Python.h": (lambda: header if header.is_file() else "MISSING: apt-get install python3-dev", "Triton"),
-        "triton": (lambda: package_version("triton") or "not installed", "Triton kernels"),
-        "ptxas": (lambda: _ptxas(environ), "Triton; TRITON_PTXAS_PATH chooses another"),
-        "nvcc": (lambda: _nvcc(environ), "building flash-attn; FlashInfer"),
+        "C compiler": (
+            lambda: toolchain.compiler() or "MISSING: apt-get install gcc, or set CC",
+            "Triton, CPU kernels",
+        ),
+        "Python.h": (lambda: header() or "MISSING: apt-get install python3-dev, or set CPATH", "Triton, CPU kernels"),
+        "triton": (_triton, "Triton kernels"),
+        "ptxas": (lambda: _ptxas(arch), "Triton; TRITON_PTXAS_PATH chooses another"),
+        "nvcc": (lambda: _nvcc(os.environ), "building flash-attn; FlashInfer"),
         "ninja": (lambda: shutil.which("ninja") or "not found", "building flash-attn; FlashInfer"),
         "Triton cache": (
-            lambda: triton_cache.describe(triton_cache.cache_dir(environ)),
+            lambda: triton_cache.describe(toolchain.cache_dir()),
             "vllm-accel doctor --clear-triton-cache empties it",
         ),
     }
-    return [{"tool": name, "found": read(ask), "for": use} for name, (ask, use) in tools.items()]
+    rows = [{"tool": name, "found": read(ask), "for": use} for name, (ask, use) in tools.items()]
+    for title, ask in (("Triton cannot compile", toolchain.problems), ("Triton: note", toolchain.notes)):
+        rows += [{"tool": title, "found": problem.text, "for": problem.action} for problem in ask(arch)]
+    return rows
 
 
 def package_version(name: str) -> str | None:
@@ -137,15 +143,31 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def _ptxas(environ: Mapping[str, str]) -> str:
-    path = environ.get("TRITON_PTXAS_PATH")
-    if path is None:
-        spec = find_spec("triton")  # finds, does not import
-        roots = spec.submodule_search_locations if spec is not None else None
-        path = str(Path(next(iter(roots))) / "backends/nvidia/bin/ptxas") if roots else shutil.which("ptxas")
-    if path is None or not Path(path).is_file():
-        return f"not found{f' at {path}' if path else ''}"
-    return f"{_release(path)} ({path})"
+def _triton() -> str:
+    installed = toolchain.triton_version()
+    if installed is None:
+        return "not installed"
+    try:
+        asked = [r for r in map(Requirement, metadata.requires("torch") or []) if r.name == "triton" and _applies(r)]
+    except metadata.PackageNotFoundError:
+        asked = []
+    differs = [str(r.specifier) for r in asked if not r.specifier.contains(installed, prereleases=True)]
+    return installed + (f"; torch {torch.__version__} asks for {differs[0]}" if differs else "")
+
+
+def _applies(requirement: Requirement) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+
+
+def _ptxas(arch: str | None) -> str:
+    if toolchain.triton_version() is None:
+        return "not found: it comes with triton"
+    found = toolchain.ptxas(arch)
+    if found is None:
+        return "not found"
+    lacks = any(problem.code == "ptxas" for problem in toolchain.problems(arch))
+    knows = "" if arch is None or not arch.startswith("sm_") else f", {'does NOT know' if lacks else 'knows'} {arch}"
+    return f"{found.release}{knows} ({found.path})"
 
 
 def _nvcc(environ: Mapping[str, str]) -> str:

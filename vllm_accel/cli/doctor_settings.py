@@ -10,7 +10,7 @@ import torch
 
 from vllm_accel.cli.doctor_backends import Problem
 from vllm_accel.cli.doctor_machine import package_version
-from vllm_accel.dispatch import preference, registry
+from vllm_accel.dispatch import registry
 from vllm_accel.dispatch import settings as names
 
 UNSET = "not set"
@@ -29,6 +29,7 @@ EFFECTS: dict[str, tuple[str, str]] = {
         "values inside tensors are checked on the CPU only",
     ),
     names.LIFT: ("these rows of the known-bad list refuse nothing", "every row of the known-bad list applies"),
+    names.TABLES: ("your measured tables are in this folder", "your measured tables are in the user's cache folder"),
 }
 
 #: Variables of other projects that people expect something from.
@@ -82,8 +83,8 @@ def setting_rows(environ: Mapping[str, str] = os.environ) -> list[dict[str, str]
         value = environ.get(name)
         when_set, when_unset = EFFECTS.get(name, ("", ""))
         effect = when_unset if value is None else when_set
-        if value is not None and name == names.TRITON and not _has_triton():
-            effect = "no effect: this version has no Triton attention backend"
+        if value is not None and name == names.TRITON and not _has_gpu():
+            effect = "no effect: there is no GPU here"
         rows.append({"setting": name, "value": UNSET if value is None else value, "effect": effect})
     rows += [
         {"setting": name, "value": environ[name], "effect": f"not a setting{registry.suggestion(name, names.NAMES)}"}
@@ -115,8 +116,8 @@ def _changed() -> tuple[str, ...]:
         return ()
 
 
-def _has_triton() -> bool:
-    return bool(set(registry.names("attention")) & set(preference.TRITON_BACKENDS))
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def problems(environ: Mapping[str, str] = os.environ) -> list[Problem]:
@@ -131,8 +132,8 @@ def problems(environ: Mapping[str, str] = os.environ) -> list[Problem]:
     ]
     if not found and (error := settings_error()):
         found.append(Problem(f"every call raises: {error}", "correct or unset that variable", 2))
-    if environ.get(names.TRITON) is not None and not _has_triton():
-        text = f"{names.TRITON} is set and has no effect: this version has no Triton attention backend"
+    if environ.get(names.TRITON) is not None and not _has_gpu():
+        text = f"{names.TRITON} is set and has no effect: there is no GPU here"
         found.append(Problem(text, f"unset {names.TRITON}", 1))
     for name in _changed():
         text = f"{name} has changed since it was read and does not count yet"

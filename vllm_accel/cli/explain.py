@@ -84,11 +84,12 @@ def show(selection: Any, title: str = "") -> None:
     out.print(console.plain(f"{selection.spec}\non {selection.device}"))
     line = console.plain(f"-> {selection.chosen or 'no backend'}", "bold green" if selection.chosen else "bold red")
     out.print(line, console.plain(f"[{selection.decided_by}]"))
+    timed = any(c.estimate for c in selection.candidates)
     rows = [
-        (c.name, "chosen" if c.name == selection.chosen else c.state.value, "; ".join(r.text for r in c.reasons))
+        (c.name, "chosen" if c.name == selection.chosen else c.state.value, *([c.time] if timed else []), c.why)
         for c in selection.candidates
     ]
-    out.print(console.table(("backend", "state", "why"), rows))
+    out.print(console.table(("backend", "state", *(["time"] if timed else []), "why"), rows))
     if selection.assumed:
         out.print(console.plain("This machine has no such device: every package is taken as installed."))
     for text in selection.settings:

@@ -7,17 +7,23 @@ takes longer, and a fixed cost. How far a backend is from it at a measured point
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_accel.dispatch.measured import Row, Timing
 from vllm_accel.dispatch.spec import AttentionSpec, Feature, GemmSpec, Relation
+from vllm_accel.dispatch.table_file import Row, Timing
 
 #: A row speaks for a call within one octave in each length (SPEC 4.3).
 NEAR_OCTAVES = 1.0
-#: A gain below this is not worth leaving the shipped order for, whatever the noise says.
+#: A gain below this is not worth leaving the shipped order for, however quiet the measurement was.
 LEAST_GAIN = 0.03
+#: A gain above this counts, however noisy the measurement was: the larger median is then not bad luck alone.
+CLEAR_GAIN = 0.25
+#: Where a point of equal lengths and another spec (heads split otherwise) counts as being, in octaves.
+_BESIDE = 0.1
+#: Keys that a window is taken to show: the specs know that there is one, not its size. `tuning.grid` measures this one.
+WINDOW = 1024
 #: Operations per second, bytes per second, seconds. Only ratios within an octave matter: a data-centre GPU, rounded.
 _RATE, _BANDWIDTH, _FIXED = 5e14, 3e12, 4e-6
 #: Options that cost next to nothing, so that rows with and without them speak for each other.
@@ -38,60 +44,79 @@ class Estimate:
     rows: int
     exact: bool
 
+    @property
+    def rests_on(self) -> str:
+        """Say what the seconds rest on."""
+        return "measured" if self.exact else f"interpolated from {self.rows} row{'s' * (self.rows > 1)}"
+
+    def __str__(self) -> str:
+        return f"{duration(self.seconds)} {self.rests_on}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people read them: ``412 us``, ``1.37 ms``."""
+    for unit, factor in (("us", 1e6), ("ms", 1e3)):
+        if seconds * factor < 999.5:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
 
 def estimates(spec: Any, rows: Iterable[Row]) -> dict[str, Estimate]:
     """Return the expected time of every backend that was measured near a kind of call."""
-    near = [(row, distance) for row in rows if (distance := _distance(spec, row.spec)) is not None]
-    names = dict.fromkeys(name for row, _ in near for name in row.times)
+    close = [(row, distance) for row in rows if (distance := distance_of(spec, row.spec)) is not None]
+    names = dict.fromkeys(name for row, _ in close for name in row.times)
     return {
-        name: _interpolate(spec, [(r.spec, r.times[name], d) for r, d in near if name in r.times]) for name in names
+        name: _interpolate(spec, [(r.spec, r.times[name], d) for r, d in close if name in r.times]) for name in names
     }
 
 
-def best_first(order: tuple[str, ...], known: dict[str, Estimate]) -> tuple[str, ...]:
+def best_first(order: tuple[str, ...], known: Mapping[str, Estimate]) -> tuple[str, ...]:
     """Return `order` with the fastest first, as far as something was measured.
 
-    Of the backends that are as fast as the fastest within the noise, the first of `order` leads; those without a
-    measurement follow, in their order.
+    Of the backends that are as fast as the fastest within the noise, the first of `order` leads. A backend without a
+    measurement goes before the measured ones only if it stands before all of them in `order`: a library that was
+    installed after the measurement keeps the place that it was given, and is measured by the next ``vllm-accel tune``.
     """
     measured = [name for name in order if name in known]
     if not measured:
         return order
     fastest = min((known[name] for name in measured), key=lambda e: e.seconds)
-
-    def as_fast(e: Estimate) -> bool:
-        return e.seconds <= fastest.seconds * (1 + max(LEAST_GAIN, e.noise + fastest.noise))
-
-    leaders = [name for name in measured if as_fast(known[name])]
+    leaders = [name for name in measured if as_fast(known[name], fastest)]
     followers = sorted((n for n in measured if n not in leaders), key=lambda name: known[name].seconds)
-    return (*leaders, *followers, *(name for name in order if name not in known))
+    before = order[: order.index(measured[0])]
+    return (*before, *leaders, *followers, *(name for name in order if name not in known and name not in before))
+
+
+def as_fast(one: Estimate, fastest: Estimate) -> bool:
+    """Tell whether a time differs from the fastest by no more than their noise (at least 3 %, at most 25 %)."""
+    return one.seconds <= fastest.seconds * (1 + min(max(LEAST_GAIN, one.noise + fastest.noise), CLEAR_GAIN))
 
 
 def _interpolate(spec: Any, points: list[tuple[Any, Timing, float]]) -> Estimate:
     """Weigh the ratio of measured to modelled time by the inverse square of the distance."""
-    work, total, weighted, noise = model(spec), 0.0, 0.0, 0.0
+    total = weighted = noise = 0.0
     for point, timing, distance in points:
-        if distance == 0.0:
+        if point == spec:
             return Estimate(timing.seconds, timing.noise, 1, True)
-        weight = 1.0 / distance**2
+        weight = 1.0 / max(distance, _BESIDE) ** 2
         total += weight
         weighted += weight * math.log(timing.seconds / model(point))
         noise += weight * timing.noise
-    return Estimate(work * math.exp(weighted / total), noise / total, len(points), False)
+    return Estimate(model(spec) * math.exp(weighted / total), noise / total, len(points), False)
 
 
-def _distance(a: Any, b: Any) -> float | None:
+def distance_of(a: Any, b: Any) -> float | None:
     """Return how far two kinds of calls are in octaves, None where one says nothing about the other."""
-    if type(a) is not type(b) or _class(a) != _class(b):
+    if type(a) is not type(b) or class_of(a) != class_of(b):
         return None
     steps = [abs(math.log2(max(x, 1) / max(y, 1))) for x, y in zip(_extents(a), _extents(b), strict=True)]
-    if max(steps) > NEAR_OCTAVES + 1e-9:
+    if max(steps, default=0.0) > NEAR_OCTAVES + 1e-9:
         return None
     return math.sqrt(sum(step * step for step in steps))
 
 
-def _class(spec: Any) -> tuple[Any, ...]:
-    """Return what has to be equal."""
+def class_of(spec: Any) -> tuple[Any, ...]:
+    """Return what has to be equal for one call to say something about another."""
     if isinstance(spec, AttentionSpec):
         return (
             spec.dtype, spec.kv_dtype, spec.head_dim, spec.head_dim_v, spec.features & ~_FREE, spec.relation,
@@ -116,17 +141,15 @@ def model(spec: Any) -> float:
         moved = (spec.m * spec.k + spec.k * spec.n + spec.m * spec.n) * spec.dtype.itemsize
         return max(operations / _RATE, moved / _BANDWIDTH) + _FIXED
     assert isinstance(spec, AttentionSpec)
-    batch, pairs = max(spec.batch, 1), spec.seqlen_q * spec.seqlen_k
-    if Feature.CAUSAL in spec.features and spec.relation is Relation.EQUAL:
-        pairs //= 2
+    batch, seen, share = max(spec.batch, 1), spec.seqlen_k, 1.0
+    if Feature.WINDOW_LEFT in spec.features:
+        share = min(1.0, WINDOW / max(seen, 1))
+        seen = min(seen, WINDOW + spec.seqlen_q)
+    elif Feature.CAUSAL in spec.features and spec.relation is Relation.EQUAL:
+        share = 0.5
+    pairs = spec.seqlen_q * spec.seqlen_k * share
     sizes = spec.head_dim + spec.head_dim_v
     operations = 2.0 * batch * spec.num_heads * pairs * sizes * (3.5 if Feature.GRAD in spec.features else 1.0)
-    moved = (
-        batch
-        * sizes
-        * (
-            spec.num_heads * spec.seqlen_q * spec.dtype.itemsize
-            + spec.num_kv_heads * spec.seqlen_k * spec.kv_dtype.itemsize
-        )
-    )
+    elements_q, elements_k = spec.num_heads * spec.seqlen_q, spec.num_kv_heads * seen
+    moved = batch * sizes * (elements_q * spec.dtype.itemsize + elements_k * spec.kv_dtype.itemsize)
     return max(operations / _RATE, moved / _BANDWIDTH) + _FIXED

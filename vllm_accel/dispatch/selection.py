@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_accel.dispatch.device import Device
+from vllm_accel.dispatch.estimate import Estimate
 from vllm_accel.errors import Reason
 
 
@@ -25,17 +26,33 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One backend and what the selector found about it; notes are remarks on a call that it can run."""
+    """One backend and what the selector found about it.
+
+    Attributes:
+        name, state, reasons, version. notes: remarks on a call that it can run.
+        estimate: what the call takes on it by the measured tables, None if nothing near was measured.
+    """
 
     name: str
     state: State
     reasons: tuple[Reason, ...] = ()
     version: str | None = None
     notes: tuple[str, ...] = ()
+    estimate: Estimate | None = None
+
+    @property
+    def why(self) -> str:
+        """Return the reasons and remarks as one line."""
+        return "; ".join((*(reason.text for reason in self.reasons), *self.notes))
+
+    @property
+    def time(self) -> str:
+        """Return the expected time and what it rests on, empty if nothing near was measured."""
+        return "" if self.estimate is None else str(self.estimate)
 
     def __str__(self) -> str:
-        why = "; ".join((*(reason.text for reason in self.reasons), *self.notes))
-        return f"{self.name}: {self.state.value}" + (f" ({why})" if why else "")
+        said = "; ".join(part for part in (self.time, self.why) if part)
+        return f"{self.name}: {self.state.value}" + (f" ({said})" if said else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +105,13 @@ class Selection:
                     "version": c.version,
                     "reasons": [{"code": r.code, "text": r.text} for r in c.reasons],
                     "notes": list(c.notes),
+                    "estimate": c.estimate
+                    and {
+                        "seconds": c.estimate.seconds,
+                        "noise": c.estimate.noise,
+                        "rests_on": c.estimate.rests_on,
+                        "rows": c.estimate.rows,
+                    },
                 }
                 for c in self.candidates
             ],
@@ -102,8 +126,8 @@ class Selection:
         width = max((len(c.name) for c in self.candidates), default=0)
         for c in self.candidates:
             mark = "*" if c.state is State.CHOSEN else " "
-            why = "; ".join((*(reason.text for reason in c.reasons), *c.notes))
-            lines.append(f" {mark} {c.name:<{width}}  {c.state.value}" + (f": {why}" if why else ""))
+            said = "; ".join(part for part in (c.time, c.why) if part)
+            lines.append(f" {mark} {c.name:<{width}}  {c.state.value}" + (f": {said}" if said else ""))
         if self.assumed:
             lines.append("   (this machine has no such device: every package is taken as installed)")
         lines += [f"   setting {text}" for text in self.settings]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from vllm_accel.dispatch import preference, quarantine, registry, warm
+from vllm_accel.dispatch import measured, preference, quarantine, registry, warm
 from vllm_accel.dispatch.backend import Backend
 from vllm_accel.dispatch.capability import Capability, Guard, refusals
 from vllm_accel.dispatch.device import Device, is_local
+from vllm_accel.dispatch.ranking import Ranking, rank
 from vllm_accel.dispatch.selection import Candidate, Selection, State
 from vllm_accel.dispatch.settings import TRITON, Settings, changed_since_read, settings
 from vllm_accel.dispatch.spec import Feature
@@ -49,21 +51,40 @@ class Verdict(NamedTuple):
     guards: tuple[Guard, ...]
 
 
-def order(question: Question, current: Settings) -> tuple[str, ...]:
-    """Return every backend of the operation, in the order in which this question tries them."""
-    automatic = registry.ordered(question.op, preference.shipped_order(question.op, question.device))
-    if question.op == "attention" and current.use_triton and question.device.type == "cuda":
-        first = tuple(name for name in automatic if name in preference.TRITON_BACKENDS)
-        automatic = first + tuple(name for name in automatic if name not in first)
-    first = question.asked or ()
-    rest = tuple(name for name in registry.names(question.op) if name not in automatic)
-    return tuple(dict.fromkeys((*first, *automatic, *rest)))
+def ranked(question: Question, current: Settings, *, everything: bool) -> Ranking:
+    """Return every backend of the operation in the order in which this question tries them, with measured times."""
+    op = question.op
+    automatic = registry.ordered(op, preference.shipped_order(op, question.device))
+    triton_first = op == "attention" and current.use_triton and question.device.type == "cuda"
+
+    def takes(name: str) -> bool:
+        capability = registry.get(op, name).capability
+        out = (op, name) in current.disabled or _static_reasons(capability, question)
+        return not out and _held_back(name, capability, question, current) is None
+
+    def version_of(name: str) -> str | None:
+        if question.assume_available:
+            return measured.newest_version(op, name, question.device)
+        with contextlib.suppress(Exception):  # somebody else's backend may raise anything
+            return registry.get(op, name).version()
+        return None
+
+    first = frozenset(preference.TRITON_BACKENDS) if triton_first else frozenset()
+    ranking = rank(
+        op, question.spec, question.device, automatic, takes=takes, version_of=version_of, first=first,
+        everything=everything,
+    )  # fmt: skip
+    rest = tuple(name for name in registry.names(op) if name not in automatic)
+    return replace(ranking, order=tuple(dict.fromkeys((*(question.asked or ()), *ranking.order, *rest))))
 
 
-def walk(question: Question, *, everything: bool) -> Iterator[Verdict]:
+def walk(question: Question, *, everything: bool, ranking: Ranking | None = None) -> Iterator[Verdict]:
     """Judge the candidates in order. Without `everything`, those not asked for are left out."""
     current = settings()
-    for name in order(question, current):
+    if ranking is None:
+        needed = question.asked is None or everything
+        ranking = ranked(question, current, everything=False) if needed else Ranking(question.asked or ())
+    for name in ranking.order:
         asked = question.asked is None or name in question.asked
         if asked or everything:
             yield _judge(name, question, current, asked=asked, everything=everything)
@@ -153,34 +174,41 @@ def select(question: Question, sizes: Any = None) -> Selection:
     """
     candidates: list[Candidate] = []
     chosen: str | None = None
-    for candidate, _, guards in walk(question, everything=True):
+    ranking = ranked(question, settings(), everything=True)
+    for candidate, _, guards in walk(question, everything=True, ranking=ranking):
         if candidate.state is State.ABLE:
             refused = refusals(guards, question.spec, sizes)
             if refused:
                 state = State.QUARANTINED if refused[0].code.startswith("known_bad") else State.UNSUPPORTED
-                candidate = Candidate(candidate.name, state, refused, candidate.version)
+                candidate = replace(candidate, state=state, reasons=refused, notes=())
             elif chosen is None:
                 chosen = candidate.name
-                candidate = Candidate(candidate.name, State.CHOSEN, (), candidate.version, candidate.notes)
-        candidates.append(candidate)
+                candidate = replace(candidate, state=State.CHOSEN)
+        if failure := ranking.failed.get(candidate.name):
+            candidate = replace(candidate, notes=(*candidate.notes, f"failed when it was measured: {failure}"))
+        candidates.append(replace(candidate, estimate=ranking.estimates.get(candidate.name)))
     return Selection(
         op=question.op,
         spec=question.spec,
         device=question.device,
         chosen=chosen,
         candidates=tuple(candidates),
-        decided_by=_decided_by(question, chosen),
+        decided_by=_decided_by(question, chosen, ranking),
         settings=_settings_text(question),
         assumed=question.assume_available,
     )
 
 
-def _decided_by(question: Question, chosen: str | None) -> str:
+def _decided_by(question: Question, chosen: str | None, ranking: Ranking) -> str:
     if question.asked is not None:
         return f"{question.asked_by}: {', '.join(question.asked)}"
     if question.op == "attention" and settings().use_triton and chosen in preference.TRITON_BACKENDS:
         return f"{TRITON}=1"
-    return "shipped order; nothing measured for this call"
+    if chosen in ranking.estimates:
+        return f"measured table: {ranking.source}"
+    if ranking.estimates:
+        return f"shipped order; {chosen} was not measured near this call"
+    return "shipped order; nothing measured near this call"
 
 
 def _settings_text(question: Question) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_accel.dispatch import plan, quarantine, registry
@@ -13,7 +14,8 @@ GEMM = "VLLM_ACCEL_GEMM_BACKEND"
 DISABLED = "VLLM_ACCEL_DISABLED_BACKENDS"
 CHECK = "VLLM_ACCEL_CHECK"
 LIFT = "VLLM_ACCEL_LIFT_KNOWN_BAD"
-NAMES = (TRITON, ATTENTION, GEMM, DISABLED, CHECK, LIFT)
+TABLES = "VLLM_ACCEL_TABLES"
+NAMES = (TRITON, ATTENTION, GEMM, DISABLED, CHECK, LIFT, TABLES)
 PREFIX = "VLLM_ACCEL_"
 
 _TRUE, _FALSE = ("1", "true"), ("0", "false")
@@ -29,6 +31,7 @@ class Settings:
         disabled: (operation, name) that are removed.
         check: look at the values inside device tensors too (costs a synchronisation).
         lifted: names of known-bad rows that the user lifts.
+        tables: folder of the user's measured tables, empty for the usual one.
         raw: the variables as they were read.
     """
 
@@ -37,6 +40,7 @@ class Settings:
     disabled: frozenset[tuple[str, str]] = frozenset()
     check: bool = False
     lifted: frozenset[str] = frozenset()
+    tables: str = ""
     raw: tuple[tuple[str, str], ...] = ()
 
     def request(self, op: str) -> tuple[str, ...] | None:
@@ -45,6 +49,7 @@ class Settings:
 
 
 _current: Settings | None = None
+_on_reload: list[Callable[[], None]] = []
 
 
 def settings() -> Settings:
@@ -67,8 +72,15 @@ def reload_settings() -> Settings:
     """
     global _current
     _current = None
+    for callback in _on_reload:
+        callback()
     plan.invalidate()
     return settings()
+
+
+def on_reload(callback: Callable[[], None]) -> None:
+    """Call `callback` whenever the settings are read again on request."""
+    _on_reload.append(callback)
 
 
 def environment() -> tuple[tuple[str, str], ...]:
@@ -106,6 +118,7 @@ def _read() -> Settings:
         disabled=frozenset(disabled),
         check=bool(_switch(CHECK, values.get(CHECK))),
         lifted=_lifted(values.get(LIFT, "")),
+        tables=values.get(TABLES, ""),
         raw=raw,
     )
 

@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 
 Table = Mapping[str, Mapping[str, Tile]]  # arch -> key -> tile
 
-_SHIPPED = Path(__file__).parent / "tiles"
+_SHIPPED = Path(__file__).parent
 _ARCH = re.compile(r"sm_\d{2,3}|gfx[0-9a-f]{3,4}")
 _POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 #: 16 is the least that tl.dot takes; 255 the most registers that a thread of an NVIDIA GPU can have.

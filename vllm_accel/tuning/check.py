@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Inputs, Shape
 from vllm_accel.testing.oracle import attention_oracle, plain_attention
 from vllm_accel.testing.tolerance import assert_close, assert_grad_close
+from vllm_accel.tuning.shape import Inputs, Shape
 
 #: Scores of a block: 2^26 in float64 is half a GiB a temporary, 2^21 is 16 MiB.
 _MAX_SCORES = {"cuda": 1 << 26, "cpu": 1 << 21}
@@ -38,10 +38,13 @@ def parts(shape: Shape, inputs: Inputs) -> list[Part]:
     """Compute the truth of a few heads of a call."""
     grad = shape.kind == "train"
     made = []
-    for name, rows, keys in _places(shape):
+    for b, name, rows, keys in _places(shape, inputs):
         q, k, v, dout = (t.detach()[at] for t, at in zip(inputs[:4], (rows, keys, keys, rows), strict=True))
-        want = _blocks(attention_oracle, torch.float64, (q, k, v, dout), shape.causal, grad)
-        plain = _blocks(plain_attention, q.dtype, (q, k, v, dout), shape.causal, grad)
+        if shape.block_size:  # the blocks of one sequence
+            k, v = (t.flatten(0, 1)[: shape.sequences[b][1]] for t in (k, v))
+        options = {name: value for name, value in inputs.options.items() if name in ("causal", "window_size")}
+        want = _blocks(attention_oracle, torch.float64, (q, k, v, dout), options, grad)
+        plain = _blocks(plain_attention, q.dtype, (q, k, v, dout), options, grad)
         made.append(Part(name, rows, keys, want, plain))
     return made
 
@@ -63,7 +66,7 @@ def verify(found: list[Tensor], truth: list[Part]) -> None:
                 assert_grad_close(tensor[at], want, plain, what=what, scale=largest)
 
 
-def _places(shape: Shape) -> Iterator[tuple[str, tuple[Any, ...], tuple[Any, ...]]]:
+def _places(shape: Shape, inputs: Inputs) -> Iterator[tuple[int, str, tuple[Any, ...], tuple[Any, ...]]]:
     """Yield index expressions that cut (rows, heads, D) of one sequence and one key head out of q and k."""
     group = shape.heads // shape.kv_heads
     last = len(shape.sequences) - 1
@@ -71,16 +74,18 @@ def _places(shape: Shape) -> Iterator[tuple[str, tuple[Any, ...], tuple[Any, ...
     ends_q, ends_k = ([0, *itertools.accumulate(column)] for column in zip(*shape.sequences, strict=True))
     for b, head in dict.fromkeys([(0, 0), (last, shape.kv_heads - 1), (longest, shape.kv_heads // 2)]):
         heads, kv_heads = slice(head * group, (head + 1) * group), slice(head, head + 1)
-        if shape.lengths:
-            rows: tuple[Any, ...] = (slice(ends_q[b], ends_q[b + 1]), heads)
-            keys: tuple[Any, ...] = (slice(ends_k[b], ends_k[b + 1]), kv_heads)
-        else:
-            rows, keys = (b, slice(None), heads), (b, slice(None), kv_heads)
-        yield f"sequence {b}, key head {head}", rows, keys
+        rows: tuple[Any, ...] = (b, slice(None), heads)
+        keys: tuple[Any, ...] = (b, slice(None), kv_heads)
+        if shape.packed:
+            rows, keys = (slice(ends_q[b], ends_q[b + 1]), heads), (slice(ends_k[b], ends_k[b + 1]), kv_heads)
+        if shape.block_size:
+            count = -(-shape.sequences[b][1] // shape.block_size)
+            keys = (inputs.options["block_table"][b, :count].long(), slice(None), kv_heads)
+        yield b, f"sequence {b}, key head {head}", rows, keys
 
 
 def _blocks(
-    fn: Callable[..., Any], dtype: torch.dtype, tensors: tuple[Tensor, ...], causal: bool, grad: bool
+    fn: Callable[..., Any], dtype: torch.dtype, tensors: tuple[Tensor, ...], options: dict[str, Any], grad: bool
 ) -> list[Tensor]:
     """Run an oracle on (rows, heads, D) tensors in blocks of rows; gradients gather in the widest dtype."""
     q, k, v, dout = (t.unsqueeze(0) for t in tensors)
@@ -91,10 +96,11 @@ def _blocks(
     outs, sums = [], [torch.zeros_like(t) for t in leaves]
     for start in range(0, n_q, step):
         stop = min(start + step, n_q)
-        seen = n_k - n_q + stop if causal else n_k  # bottom-right stays bottom-right for a block that ends at `stop`
+        # Bottom-right stays bottom-right for a block that ends at `stop`.
+        seen = n_k - n_q + stop if options["causal"] else n_k
         with torch.set_grad_enabled(grad):
             block = [leaves[0][:, start:stop], leaves[1][:, :seen], leaves[2][:, :seen]]
-            out, _ = fn(*(t.to(dtype) for t in block), causal=causal)
+            out, _ = fn(*(t.to(dtype) for t in block), **options)
         outs.append(out.detach()[0])
         if grad:
             gradients = torch.autograd.grad(out, leaves, dout[:, start:stop].to(out.dtype))

@@ -1,0 +1,90 @@
+"""In which order automatic choice tries backends: by measured time where there is one nearby, else as shipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_accel.dispatch import measured
+from vllm_accel.dispatch.device import Device
+from vllm_accel.dispatch.estimate import Estimate, best_first, distance_of, estimates
+from vllm_accel.dispatch.spec import Feature
+from vllm_accel.dispatch.table_file import Row, Timing, is_current
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Backends in the order in which they are tried.
+
+    Attributes:
+        order: names. estimates: seconds of those that were measured near this kind of call.
+        failed: what happened to those that gave no time there. source: the tables, for people.
+    """
+
+    order: tuple[str, ...]
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+
+
+def rank(
+    op: str,
+    spec: Any,
+    device: Device,
+    order: tuple[str, ...],
+    *,
+    takes: Callable[[str], bool],
+    version_of: Callable[[str], str | None],
+    first: frozenset[str] = frozenset(),
+    everything: bool = False,
+) -> Ranking:
+    """Rank the backends that were measured near a kind of call.
+
+    Args:
+        op, spec, device: the kind of call and where.
+        order: what holds where nothing was measured.
+        takes: tells whether automatic choice could take a backend. version_of: version of its library, the one that
+            was measured where packages are taken as installed. Both are asked only of backends with rows nearby.
+        first: names that stay before all others, however fast these are.
+        everything: estimate those too that automatic choice does not take; the order is the same.
+    """
+    order = (*(name for name in order if name in first), *(name for name in order if name not in first))
+    # Bits that do not depend on lengths need a choice that does not (SPEC 4.10).
+    if Feature.BATCH_INVARIANT in getattr(spec, "features", Feature(0)):
+        return Ranking(order)
+    close = [(source, row) for source in measured.sources(device) for row in source.of(op, spec) if _near(spec, row)]
+    if not close:
+        return Ranking(order)
+    wanted = {name for _, row in close for name in (*row.times, *row.failed)}
+    taken = {name for name in order if name in wanted and takes(name)}
+    versions = {name: version_of(name) for name in order if name in (wanted if everything else taken)}
+    times: dict[Any, dict[str, Timing]] = {}
+    failed: dict[str, str] = {}
+    here: set[str] = set()
+    used: dict[str, None] = {}
+    for source, row in close:  # the user's rows come last and win
+        current = [name for name, version in versions.items() if is_current(source.table, op, name, version)]
+        found = {name: row.times[name] for name in current if name in row.times}
+        times.setdefault(row.spec, {}).update(found)
+        failed.update({name: row.failed[name] for name in current if name in row.failed})
+        if row.spec == spec:
+            here = {name for name in (*here, *current) if name in row.failed or (name in here and name not in found)}
+        if found:
+            used[str(source)] = None
+    known = estimates(spec, [Row(op, row_spec, found) for row_spec, found in times.items()])
+    for name in here:  # a failure at this very kind of call outweighs times of its neighbours
+        known.pop(name, None)
+    failed = {name: text for name, text in failed.items() if name not in known}
+    by_time = {name: estimate for name, estimate in known.items() if name in taken}
+    sound = [name for name in order if name not in failed]
+    ranked = [
+        *best_first(tuple(name for name in sound if name in first), by_time),
+        *best_first(tuple(name for name in sound if name not in first), by_time),
+        *(name for name in order if name in failed),
+    ]
+    return Ranking(tuple(ranked), known, failed, " and ".join(used))
+
+
+def _near(spec: Any, row: Row) -> bool:
+    return distance_of(spec, row.spec) is not None
