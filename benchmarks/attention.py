@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm_accel.tuning.measure import step
 
 from benchmarks import machine, shapes
 from benchmarks.attention_calls import AUTO, contestants
 from vllm_accel.tuning import check, timing
+from vllm_accel.tuning.measure import step
 from vllm_accel.tuning.shape import Shape
 from vllm_accel.tuning.timing import Call, Timed
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vllm_accel.tuning.measure import Attend
 
 from vllm_accel import State, attention, attention_varlen, explain
+from vllm_accel.tuning.measure import Attend
 from vllm_accel.tuning.shape import Inputs, Shape
 
 AUTO, BY_HAND = "attention()", "torch sdpa by hand"

@@ -12,8 +12,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from benchmarks import dispatch_contests, shapes, trivial  # noqa: E402
-from benchmarks.attention_calls import AUTO, contestants, step  # noqa: E402
+from benchmarks.attention_calls import AUTO, contestants  # noqa: E402
 from vllm_accel import attention  # noqa: E402
+from vllm_accel.tuning.measure import step  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PREFILL, TRAIN = shapes.named(shapes.CPU_SHAPES, "prefill_512_causal,train_1k")

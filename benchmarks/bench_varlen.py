@@ -9,8 +9,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from benchmarks import shapes  # noqa: E402
-from benchmarks.attention_calls import AUTO, contestants, step  # noqa: E402
+from benchmarks.attention_calls import AUTO, contestants  # noqa: E402
 from vllm_accel import attention  # noqa: E402
+from vllm_accel.tuning.measure import step  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

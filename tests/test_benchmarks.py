@@ -15,10 +15,11 @@ import torch
 from benchmarks import attention as attention_benchmark
 from benchmarks import contest, machine, shapes
 from benchmarks import dispatch as dispatch_benchmark
-from benchmarks.attention_calls import AUTO, BY_HAND, contestants, step
+from benchmarks.attention_calls import AUTO, BY_HAND, contestants
 from benchmarks.contest import Contest, Contestant
 from host import FIRST_ON_CPU
 from vllm_accel.tuning import check, timing
+from vllm_accel.tuning.measure import step
 
 ROOT = Path(__file__).resolve().parent.parent
 ABOUT = {"command", "date", "cpu", "cores", "gpu", "threads", "python", "torch", "cuda", "packages", "load"}

@@ -117,9 +117,6 @@ def forget() -> None:
     plan.invalidate()
 
 
-settings_module.on_reload(lambda: _read.cache_clear())
-
-
 @functools.lru_cache(maxsize=64)
 def _read(name: str, *paths: Path) -> tuple[Source, ...]:
     found = []
@@ -136,3 +133,6 @@ def _read(name: str, *paths: Path) -> tuple[Source, ...]:
         elif minor(table.torch) == minor(str(torch.__version__)):
             found.append(Source.made(path, table))
     return tuple(found)
+
+
+settings_module.on_reload(_read.cache_clear)

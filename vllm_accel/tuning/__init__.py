@@ -1,1 +1,1 @@
-"""Measuring backends on this machine: shapes, a check of every result, timing in turns, and the session that keeps it."""
+"""Measuring backends on this machine: shapes, a check of every result, timing in turns, what is kept."""
