@@ -100,7 +100,7 @@ def test_explain_gemm(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--op", "gemm", "--mnk", "4096,512,64", "--bias", "--dtype", "fp16", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["op"] == "gemm"
-    assert answer["call"] == "gemm float16, M ~4096, N ~512, K ~64 + bias"
+    assert answer["call"] == "gemm float16, M ~4096, N ~512, K ~64: bias"
 
 
 def test_explain_for_people(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_accel import State, backends, explain, gemm, use_backend
-from vllm_accel.dispatch.spec import GemmSpec
+from vllm_accel.dispatch.gemm_spec import GemmSpec
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

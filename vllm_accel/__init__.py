@@ -20,7 +20,7 @@ from vllm_accel.ops.cache import PagedKVCache
 from vllm_accel.ops.cache_blocks import CacheFullError
 from vllm_accel.ops.cache_step import CacheStep
 from vllm_accel.ops.explain import explain
-from vllm_accel.ops.gemm import gemm
+from vllm_accel.ops.gemm import gemm, grouped_gemm, scaled_gemm
 from vllm_accel.ops.merge import merge_attention
 from vllm_accel.ops.mla import attention_mla
 from vllm_accel.ops.module import Attention
@@ -50,9 +50,11 @@ __all__ = [
     "backends",
     "explain",
     "gemm",
+    "grouped_gemm",
     "merge_attention",
     "register_backend",
     "reload_settings",
+    "scaled_gemm",
     "use_backend",
     "warmup",
     "write_kv",

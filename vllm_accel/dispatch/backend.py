@@ -138,6 +138,68 @@ class PagedKernel(Protocol):
         ...
 
 
+class GemmArgs(NamedTuple):
+    """Everything of a matrix product but a and b; what is fixed for a kind of call is in the spec.
+
+    offs: int32 (E,), contiguous: ends of the groups (GROUPED_M, GROUPED_K). bias: (N,), or (E, N) for GROUPED_M and
+    BATCHED, in the result's dtype. scale_a, scale_b: fp32, of the shapes that `Scaling` gives, any strides.
+    full: the caller knows that offs[-1] is the number of rows, so that there is nothing past it to be zeroed.
+    """
+
+    offs: Tensor | None = None
+    bias: Tensor | None = None
+    scale_a: Tensor | None = None
+    scale_b: Tensor | None = None
+    full: bool = False
+
+
+class GemmKernel(Protocol):
+    """A bound matrix product, forward only: its backward is made of products. Stateless, safe from several threads.
+
+    a and b have any strides and any alignment; a kernel that needs other ones copies, and its backend says so in
+    `size_notes`. Groups may be empty. Sizes of 0 never come here. No host synchronisation on a GPU, unless the backend
+    says so in `synchronises`. Offsets out of order or past the end may give wrong numbers, never an access outside.
+    """
+
+    def forward(self, a: Tensor, b: Tensor, args: GemmArgs) -> Tensor:
+        """Return the product, new and contiguous, in the spec's out_dtype.
+
+        GROUPED_M: (T, N), rows past offs[-1] are 0. GROUPED_K: (E, M, N), what is summed past offs[-1] is left out and
+        an empty group gives 0. The sum is in fp32 (fp64 for fp64; exact for int8); bias is added before rounding.
+        """
+        ...
+
+
+class MoeArgs(NamedTuple):
+    """Everything of a mixture-of-experts layer but x and the weights.
+
+    topk_weights: (T, k), fp32 or x's dtype. topk_ids: (T, k), int32 or int64; an id outside of 0..E-1 is nobody's: it
+    adds nothing. bias_gate_up: (E, 2I). bias_down: (E, D). scale_gate_up, scale_down: fp32 factors of quantised
+    weights, as `Scaling` gives them for b; the kernel then quantises what it multiplies: TENSOR and ROW weights take
+    rows, BLOCK_128x128 weights take 1x128 blocks.
+    """
+
+    topk_weights: Tensor
+    topk_ids: Tensor
+    bias_gate_up: Tensor | None = None
+    bias_down: Tensor | None = None
+    scale_gate_up: Tensor | None = None
+    scale_down: Tensor | None = None
+
+
+class MoeKernel(Protocol):
+    """A bound mixture-of-experts layer, forward only, on the device alone. Stateless, safe from several threads."""
+
+    def forward(self, x: Tensor, w_gate_up: Tensor, w_down: Tensor, args: MoeArgs) -> Tensor:
+        """Return (T, D) in x's dtype, new and contiguous.
+
+        x (T, D), w_gate_up (E, D, 2I) with the gate first, w_down (E, I, D), any strides (weights stored as
+        (E, 2I, D) arrive as transposed views). Row t is the sum over its k experts e of
+        ``topk_weights * ((act(x @ gate_e) * (x @ up_e)) @ down_e)``: the weight multiplies the expert's output.
+        """
+        ...
+
+
 class Backend(Protocol):
     """One library's implementation of one operation."""
 
@@ -162,7 +224,8 @@ class Backend(Protocol):
     def bind(self, spec: Any, device: Device) -> Any:
         """Return the kernel for calls of this spec.
 
-        `AttentionKernel`; `PagedKernel` for a spec with Feature.PAGED; a callable ``(a, b, bias)`` for GEMM.
+        `AttentionKernel`; `PagedKernel` for a spec with Feature.PAGED; `GemmKernel` for a `GemmSpec`, `MoeKernel` for
+        one of Form.MOE.
         """
         ...
 

@@ -46,8 +46,8 @@ class Capability:
 
     Attributes:
         platforms: values of `Device.platform` it runs on; empty means every device.
-        dtypes: of q, k, v (or of a, b).
-        features: flags it handles (attention only). FINITE_TAIL is a need: it runs paged calls that promise it alone.
+        dtypes: of q, k, v (of a, for a matrix product).
+        features: flags it handles. FINITE_TAIL is a need: it runs paged calls that promise it alone.
         kv_dtypes: of a paged cache, where they differ from q's.
         compute_capabilities: NVIDIA chips, an exact list; None where the platform has none or all are fine.
         archs: AMD chips, an exact list; None likewise.
@@ -58,7 +58,9 @@ class Capability:
         first_call_seconds: what a compile at the first call of a kind costs; over two seconds means "after warmup".
         per_shape_cost: builds something for every exact shape, so it is not for work whose lengths change.
         rules, guards: limits on combinations, and on exact sizes.
-        notes: remarks on calls that it runs, for example that it copies.
+        notes: remarks on calls that it runs, for example that it copies. size_notes: the same, of exact sizes.
+        synchronises: kinds of calls in which it reads device values on the host; automatic choice passes those over,
+            and they are refused while a CUDA graph is captured.
     """
 
     dtypes: frozenset[torch.dtype]
@@ -76,6 +78,8 @@ class Capability:
     rules: tuple[Rule, ...] = ()
     guards: tuple[Guard, ...] = field(default=())
     notes: tuple[Note, ...] = ()
+    size_notes: tuple[Guard, ...] = ()
+    synchronises: tuple[Rule, ...] = ()
 
     def unsupported_reasons(self, spec: Any, device: Device) -> tuple[Reason, ...]:
         """Say why this backend cannot run `spec` on `device`; empty means that it can."""
@@ -89,6 +93,17 @@ class Capability:
         """Return what a user should know of calls like this on this backend."""
         features = getattr(spec, "features", _NOTHING)
         return tuple(note.text for note in self.notes if not note.features & ~features)
+
+    def size_remarks(self, spec: Any, sizes: Any) -> tuple[str, ...]:
+        """Return what a user should know of a call of exactly these sizes on this backend."""
+        return tuple(reason.text for reason in refusals(self.size_notes, spec, sizes))
+
+    def waits_for_device(self, spec: Any, device: Device) -> Reason | None:
+        """Say why calls of this kind wait for the device, None where they do not."""
+        if device.type == "cpu":
+            return None
+        found = ((rule.name, rule.check(spec, device)) for rule in self.synchronises)
+        return next((Reason(name, text) for name, text in found if text), None)
 
     def _device_reasons(self, device: Device) -> Iterator[Reason]:
         if self.platforms and device.platform not in self.platforms:
@@ -105,11 +120,15 @@ class Capability:
             need, have = (".".join(map(str, version)) for version in (self.min_cuda, built))
             yield Reason("cuda_version", f"needs CUDA {need} or newer; torch is built with CUDA {have}")
 
-    def _spec_reasons(self, spec: Any) -> Iterator[Reason]:
+    def _dtype_reasons(self, spec: Any) -> Iterator[Reason]:
         if spec.dtype not in self.dtypes:
             known = _words(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             yield Reason("dtype", f"takes {known}, not {str(spec.dtype).removeprefix('torch.')}")
+
+    def _spec_reasons(self, spec: Any) -> Iterator[Reason]:
+        yield from self._dtype_reasons(spec)
         if not isinstance(spec, AttentionSpec):
+            yield Reason("operation", f"declares no {type(spec).__name__}: a GemmCapability does")
             return
         if spec.kv_dtype is not spec.dtype and spec.kv_dtype not in self.kv_dtypes:
             yield Reason("kv_dtype", f"does not take a {str(spec.kv_dtype).removeprefix('torch.')} cache")

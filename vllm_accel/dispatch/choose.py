@@ -67,7 +67,10 @@ class Choice:
     def _extend(self, sizes: Any) -> Bound:
         for candidate, backend, guards in self._walk:
             if candidate.state is State.ABLE and (kernel := self._bind(backend)) is not None:
-                self.bound.append(Bound(candidate.name, kernel, guards, backend.capability.capture_safe))
+                capability = backend.capability
+                waits = capability.waits_for_device(self.question.spec, self.question.device)
+                safe = capability.capture_safe and waits is None
+                self.bound.append(Bound(candidate.name, kernel, guards, safe))
                 if not guards or not refusals(guards, self.question.spec, sizes):
                     break
         for bound in self.bound:  # another thread may have extended the list while this one waited

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_accel.dispatch.spec import AttentionSpec, Feature, GemmSpec, Relation
+from vllm_accel.dispatch.gemm_spec import Form, GemmSpec
+from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
 from vllm_accel.dispatch.table_file import Row, Timing
 
 #: A row speaks for a call within one octave in each length (SPEC 4.3).
@@ -122,7 +123,12 @@ def class_of(spec: Any) -> tuple[Any, ...]:
             spec.dtype, spec.kv_dtype, spec.head_dim, spec.head_dim_v, spec.features & ~_FREE, spec.relation,
             spec.block_size,
         )  # fmt: skip
-    return (spec.dtype, spec.bias, spec.grad) if isinstance(spec, GemmSpec) else (spec,)
+    if isinstance(spec, GemmSpec):
+        return (
+            spec.form, spec.dtype, spec.b_dtype, spec.out_dtype, spec.features & ~_FREE, spec.scaling_a,
+            spec.scaling_b, spec.layout_a, spec.layout_b, spec.activation, spec.top_k,
+        )  # fmt: skip
+    return (spec,)
 
 
 def _extents(spec: Any) -> tuple[int, ...]:
@@ -131,15 +137,13 @@ def _extents(spec: Any) -> tuple[int, ...]:
         return (
             max(spec.batch, 1) * spec.num_kv_heads, spec.num_heads // spec.num_kv_heads, spec.seqlen_q, spec.seqlen_k,
         )  # fmt: skip
-    return (spec.m, spec.n, spec.k) if isinstance(spec, GemmSpec) else ()
+    return (spec.m, spec.n, spec.k, spec.groups) if isinstance(spec, GemmSpec) else ()
 
 
 def model(spec: Any) -> float:
     """Return the roofline time of a kind of call in seconds: right within an octave up to a factor."""
     if isinstance(spec, GemmSpec):
-        operations = 2.0 * spec.m * spec.n * spec.k * (3 if spec.grad else 1)
-        moved = (spec.m * spec.k + spec.k * spec.n + spec.m * spec.n) * spec.dtype.itemsize
-        return max(operations / _RATE, moved / _BANDWIDTH) + _FIXED
+        return _product_model(spec)
     assert isinstance(spec, AttentionSpec)
     batch, seen, share = max(spec.batch, 1), spec.seqlen_k, 1.0
     if Feature.WINDOW_LEFT in spec.features:
@@ -153,3 +157,16 @@ def model(spec: Any) -> float:
     elements_q, elements_k = spec.num_heads * spec.seqlen_q, spec.num_kv_heads * seen
     moved = batch * sizes * (elements_q * spec.dtype.itemsize + elements_k * spec.kv_dtype.itemsize)
     return max(operations / _RATE, moved / _BANDWIDTH) + _FIXED
+
+
+def _product_model(spec: GemmSpec) -> float:
+    m, n, k, groups = spec.m, spec.n, spec.k, max(spec.groups, 1)
+    batch = groups if spec.form is Form.BATCHED else 1
+    elements_b = n * k * (1 if spec.form in (Form.DENSE, Form.GROUPED_K) else groups)
+    rows, products = m, 1
+    if spec.form is Form.MOE:  # gate and up, then down
+        rows, products = m * max(spec.top_k, 1), 3
+    operations = 2.0 * batch * rows * n * k * products * (3 if Feature.GRAD in spec.features else 1)
+    outs = groups * m * n if spec.form in (Form.GROUPED_K, Form.BATCHED) else m * n
+    moved = batch * m * k * spec.dtype.itemsize + products * elements_b * spec.b_dtype.itemsize
+    return max(operations / _RATE, (moved + outs * spec.out_dtype.itemsize) / _BANDWIDTH) + _FIXED

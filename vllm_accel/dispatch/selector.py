@@ -126,11 +126,11 @@ def _judge(name: str, question: Question, current: Settings, *, asked: bool, eve
             return verdict(State.QUARANTINED, failed, version=version)
         if held := _held_back(name, capability, question, current):
             return verdict(State.HELD_BACK, held, version=version)
-    if Feature.BATCH_INVARIANT in getattr(spec, "features", Feature(0)):
+    if warm.needs_proof(op, spec):
         known = warm.self_test_verdict(warm.tested_as(op, spec), name, device)
         proven = question.self_test(backend, device) if question.self_test else known
         if proven is False:
-            text = "declares batch invariance, but its bitwise self-test failed on this device"
+            text = "declares reproducible bits, but its bitwise self-test failed on this device"
             return verdict(State.UNSUPPORTED, Reason("self_test", text), version=version)
     return Verdict(Candidate(name, State.ABLE, (), version, capability.remarks(spec)), backend, guards)
 
@@ -139,6 +139,8 @@ def _static_reasons(capability: Capability, question: Question) -> tuple[Reason,
     reasons = capability.unsupported_reasons(question.spec, question.device)
     if question.capturing and not capability.capture_safe:
         reasons += (Reason("capture", "is not safe while a CUDA graph is captured"),)
+    if question.capturing and (waits := capability.waits_for_device(question.spec, question.device)):
+        reasons += (Reason("capture", f"{waits.text}: not possible while a CUDA graph is captured"),)
     return reasons
 
 
@@ -148,6 +150,8 @@ def _held_back(name: str, capability: Capability, question: Question, current: S
         return Reason("use_triton", f"{TRITON}=0")
     if not capability.linear_memory:
         return Reason("memory", "takes O(Sq*Sk) memory; ask for it by name")
+    if waits := capability.waits_for_device(question.spec, question.device):
+        return Reason(waits.code, f"{waits.text}; ask for it by name")
     # Who asks for the Triton kernels has asked for their compilation too.
     asked = name in preference.TRITON_BACKENDS and question.op == "attention" and current.use_triton
     compiled = asked or warm.is_warm(question.op, name, question.spec, question.device)
@@ -184,6 +188,9 @@ def select(question: Question, sizes: Any = None) -> Selection:
             elif chosen is None:
                 chosen = candidate.name
                 candidate = replace(candidate, state=State.CHOSEN)
+        if candidate.state in (State.CHOSEN, State.ABLE):
+            remarks = registry.get(question.op, candidate.name).capability.size_remarks(question.spec, sizes)
+            candidate = replace(candidate, notes=(*candidate.notes, *remarks))
         if failure := ranking.failed.get(candidate.name):
             candidate = replace(candidate, notes=(*candidate.notes, f"failed when it was measured: {failure}"))
         candidates.append(replace(candidate, estimate=ranking.estimates.get(candidate.name)))

@@ -22,7 +22,7 @@ class Feature(enum.Flag):
     SCALE = enum.auto()  # softmax_scale given
     SOFTCAP = enum.auto()
     ALIBI = enum.auto()
-    BIAS = enum.auto()  # additive attn_bias
+    BIAS = enum.auto()  # additive attn_bias, or the bias of a product
     MASK = enum.auto()  # boolean attn_bias
     BIAS_GRAD = enum.auto()
     SINKS = enum.auto()
@@ -97,26 +97,6 @@ class AttentionSpec:
             f"attention {dtype}, batch ~{self.batch}, "
             f"Sq ~{self.seqlen_q}, Sk ~{self.seqlen_k} ({self.relation.value}), {heads} of {size}: {flags}"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class GemmSpec:
-    """The kind of a dense matrix product ``(M, K) @ (K, N)``; m, n, k are bucket representatives."""
-
-    dtype: torch.dtype
-    m: int
-    n: int
-    k: int
-    bias: bool
-    grad: bool
-
-    def compile_kind(self) -> GemmSpec:
-        """Return the part that a compiled kernel depends on: everything but the sizes."""
-        return replace(self, m=0, n=0, k=0)
-
-    def __str__(self) -> str:
-        tail = " + bias" if self.bias else ""
-        return f"gemm {str(self.dtype).removeprefix('torch.')}, M ~{self.m}, N ~{self.n}, K ~{self.k}{tail}"
 
 
 def feature_names(features: Feature) -> list[str]:

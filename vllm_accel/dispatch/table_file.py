@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import json
 import os
 import sys
@@ -15,11 +16,13 @@ from typing import Any
 
 import torch
 
-from vllm_accel.dispatch.spec import AttentionSpec, Feature, GemmSpec, Relation, feature_names
+from vllm_accel.dispatch.gemm_spec import Form, GemmSpec, Layout, Scaling
+from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation, feature_names
 
 FORMAT = 1
 #: Times outside of this range are not times of a kernel.
 _SECONDS = (1e-8, 1e4)
+_ENUMS: dict[str, type[enum.Enum]] = {kind.__name__: kind for kind in (Relation, Form, Scaling, Layout)}
 _SPECS: dict[str, type[Any]] = {"attention": AttentionSpec, "gemm": GemmSpec}
 
 
@@ -243,7 +246,7 @@ def spec_to_json(spec: Any) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, torch.dtype):
             return str(value).removeprefix("torch.")
-        if isinstance(value, Relation):
+        if isinstance(value, enum.Enum) and not isinstance(value, Feature):
             return value.name.lower()
         return feature_names(value) if isinstance(value, Feature) else value
 
@@ -274,14 +277,14 @@ def _field(kind: str, name: str, value: Any) -> Any:
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{name} is {value!r}, not a dtype")
         return dtype
-    if kind == "Relation" and isinstance(value, str):
-        return Relation[value.upper()]
+    if kind in _ENUMS and isinstance(value, str):
+        return next(member for member in _ENUMS[kind] if member.name.lower() == value)
     if kind == "Feature" and isinstance(value, list):
         flags = Feature(0)
         for item in value:
             flags |= Feature[item.upper()]
         return flags
-    if kind == "bool" and isinstance(value, bool):
+    if kind == "str" and isinstance(value, str):
         return value
     if kind == "int" and type(value) is int and 0 <= value <= 1 << 40:
         return value

@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_accel.dispatch import plan
 from vllm_accel.dispatch.device import Device
+from vllm_accel.dispatch.gemm_spec import GemmSpec
 from vllm_accel.dispatch.spec import Feature
 
 _warm: set[tuple[str, str, Any, Device]] = set()
@@ -23,9 +24,19 @@ def mark_warm(op: str, backend: str, spec: Any, device: Device) -> None:
     plan.invalidate()
 
 
+def needs_proof(op: str, spec: Any) -> bool:
+    """Tell whether a kind of call is only for backends that passed a bitwise self-test on the device."""
+    proven = Feature.BATCH_INVARIANT | Feature.DETERMINISTIC if op == "gemm" else Feature.BATCH_INVARIANT
+    return bool(getattr(spec, "features", Feature(0)) & proven)
+
+
 def tested_as(op: str, spec: Any) -> str:
     """Name the self-test that covers a kind of call: paged kernels are others than dense ones, and MLA's again."""
     features = getattr(spec, "features", Feature(0))
+    if isinstance(spec, GemmSpec):  # each form is another kernel
+        scaling = f"{spec.scaling_a.value}_{spec.scaling_b.value}"
+        kinds = (spec.form.name, spec.dtype, spec.b_dtype, spec.out_dtype, scaling, Feature.BATCH_INVARIANT in features)
+        return f"{op}_{'_'.join(map(str, kinds))}"
     return f"{op}_mla" if Feature.MLA in features else f"{op}_paged" if Feature.PAGED in features else op
 
 

@@ -15,9 +15,9 @@ from vllm_accel.dispatch.selection import Selection
 from vllm_accel.dispatch.selector import Question, assumes_available, select
 from vllm_accel.ops import attention as attention_ops
 from vllm_accel.ops import gemm as gemm_ops
+from vllm_accel.ops import gemm_arguments, gemm_run, run
 from vllm_accel.ops import mla as mla_ops
 from vllm_accel.ops import paged as paged_ops
-from vllm_accel.ops import run
 from vllm_accel.ops.arguments import Options, describe
 from vllm_accel.ops.extras import Extras, needs_grad, with_four_dims
 from vllm_accel.ops.paged_arguments import PagedOptions, PagedTensors, describe_paged
@@ -31,7 +31,8 @@ def explain(fn: Callable[..., Any], *args: Any, device: Device | str | None = No
     Walks the same code as the call, under the same settings and `use_backend` contexts, and launches nothing.
 
     Args:
-        fn: a public call: `attention`, `attention_varlen`, `attention_paged`, `attention_mla` or `gemm`.
+        fn: a public call: `attention`, `attention_varlen`, `attention_paged`, `attention_mla`, `gemm`,
+            `grouped_gemm`, `scaled_gemm` or `fused_moe`.
         *args, **kwargs: its arguments; tensors may be on the ``meta`` device, which stands for this machine's GPU.
         device: judge for another device: a `Device`, or a short name such as ``"h100"``, ``"t4"``, ``"mi300x"``.
             Where this machine has no such device, packages are taken as installed and the result says so.
@@ -53,7 +54,7 @@ def explain(fn: Callable[..., Any], *args: Any, device: Device | str | None = No
     first: torch.Tensor = next(value for value in given.values() if isinstance(value, torch.Tensor))
     where = _device(device, first.device)
     question = Question(
-        op="gemm" if fn is gemm_ops.gemm else "attention",
+        op="gemm" if fn in _PRODUCTS else "attention",
         spec=spec,
         device=where,
         asked=asked,
@@ -111,9 +112,11 @@ def _paged(given: dict[str, Any]) -> _Described:
 
 
 def _gemm(given: dict[str, Any]) -> _Described:
-    kind, sizes = gemm_ops.describe(given["a"], given["b"], given["bias"])
-    asked, asked_by = gemm_ops.asked_for(given["backend"])
-    return gemm_ops.FAMILY.make_spec(kind), sizes, asked, asked_by
+    args, options = gemm_ops.arguments(**{name: value for name, value in given.items() if name != "backend"})
+    grad = gemm_run.needs_grad(given["a"], given["b"], args.bias)
+    described = gemm_arguments.describe(given["a"], given["b"], args, options, grad)
+    asked, asked_by = gemm_run.asked_for(given["backend"], override.variable("gemm").get())
+    return gemm_arguments.spec_of(described.kind), described.sizes, asked, asked_by
 
 
 _DESCRIBE: dict[Callable[..., Any], Callable[[dict[str, Any]], _Described]] = {
@@ -122,4 +125,8 @@ _DESCRIBE: dict[Callable[..., Any], Callable[[dict[str, Any]], _Described]] = {
     paged_ops.attention_paged: _paged,
     mla_ops.attention_mla: _paged,
     gemm_ops.gemm: _gemm,
+    gemm_ops.grouped_gemm: _gemm,
+    gemm_ops.scaled_gemm: _gemm,
 }
+#: Calls of the operation "gemm"; the others are attention.
+_PRODUCTS = (gemm_ops.gemm, gemm_ops.grouped_gemm, gemm_ops.scaled_gemm)

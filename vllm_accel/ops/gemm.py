@@ -1,73 +1,170 @@
-"""Dense matrix products behind the same dispatch: the proof that registry, selector and explain know no operation."""
+"""The public matrix products: dense, by groups, and of quantised operands."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vllm_accel.dispatch import override, registry
-from vllm_accel.dispatch.choose import OpFamily, choose
-from vllm_accel.dispatch.settings import GEMM, settings
-from vllm_accel.dispatch.spec import GemmSpec, bucket
+from vllm_accel.dispatch.backend import GemmArgs
+from vllm_accel.dispatch.gemm_spec import Form, Scaling
+from vllm_accel.ops import gemm_compiled
+from vllm_accel.ops.gemm_arguments import GemmOptions, canonical_scale, form_of, scaling_of
+from vllm_accel.ops.gemm_run import needs_grad, product
 
-FAMILY = OpFamily(name="gemm", make_spec=lambda kind: GemmSpec(*kind))
-
-
-class GemmSizes(NamedTuple):
-    """Exact sizes of a product, for the guards of backends."""
-
-    m: int
-    n: int
-    k: int
+_tracing = torch.compiler.is_compiling
+Backend = str | Sequence[str] | None
 
 
-def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, *, backend: str | Sequence[str] | None = None) -> Tensor:
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
+    batch_invariant: bool = False,
+    backend: Backend = None,
+) -> Tensor:
     """Multiply two matrices: ``a @ b + bias``, differentiable.
 
     Args:
-        a: (M, K). b: (K, N), same dtype and device: fp16, bf16, fp32 or fp64. bias: (N,) in the same dtype.
-        backend: as in `attention`.
+        a: (M, K). b: (K, N), same dtype and device: fp16, bf16, fp32 or fp64; any strides.
+        bias: (N,) in the result's dtype.
+        out_dtype: of the result, a's by default; float32 for 16-bit a and b.
+        deterministic: the same bits on every run. batch_invariant: the bits of a row do not depend on M or on the
+            other rows. Both only on backends that passed a bitwise self-test on this device.
+        backend: a name, alias or family, or a sequence of them: the first that can run, or an error.
 
     Returns:
-        (M, N) in the dtype of a.
+        (M, N), new and contiguous. Sums are in fp32 (fp64 for fp64).
 
     Raises:
         ValueError, TypeError: wrong shapes, dtypes or devices, before any launch.
         UnsupportedCallError, BackendUnavailableError: as `attention`.
     """
-    kind, sizes = describe(a, b, bias)
-    asked, asked_by = asked_for(backend)
-    bound, _ = choose(FAMILY, kind, a.device, asked, asked_by, sizes, False)
-    product: Tensor = bound.kernel(a, b, bias)
-    return product
+    options = GemmOptions(Form.DENSE, Scaling.NONE, Scaling.NONE, out_dtype, deterministic, batch_invariant)
+    return _run(a, b, GemmArgs(None, bias), options, backend)
 
 
-def describe(a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[tuple[Any, ...], GemmSizes]:
-    """Check a product and describe its kind.
+def grouped_gemm(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
+    batch_invariant: bool = False,
+    backend: Backend = None,
+) -> Tensor:
+    """Multiply group by group, as `torch.nn.functional.grouped_mm` does: tokens by expert; differentiable.
+
+    Args:
+        a, b: (T, K) and (E, K, N): the rows of group e, which end at ``offs[e]``, times ``b[e]``.
+            (M, T) and (T, N): a product for each group of the summed dimension, as the gradient of weights needs it.
+            (E, M, K) and (E, K, N): one product each, without offs. Any strides, any sizes; 0 is fine.
+        offs: int32 (E,), ends of the groups, no leading zero, on a's device. Rows past ``offs[-1]`` give 0.
+        bias: (E, N) in the result's dtype; not for the second form.
+        The others: as `gemm`.
+
+    Returns:
+        (T, N), (E, M, N) or (E, M, N), new and contiguous.
 
     Raises:
-        ValueError, TypeError: naming the argument, its value and what is allowed.
+        ValueError, TypeError: wrong shapes, dtypes or devices, before any launch. The values of offs are checked when
+        they are on the CPU, on a GPU with VLLM_ACCEL_CHECK=1. The others: as `gemm`.
     """
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
-        raise ValueError(f"a must be (M, K) and b (K, N); got a {tuple(a.shape)}, b {tuple(b.shape)}")
-    if a.dtype is not b.dtype or (bias is not None and bias.dtype is not a.dtype):
-        raise TypeError(f"a, b and bias must have one dtype; got {a.dtype}, {b.dtype}, {bias and bias.dtype}")
-    if a.device != b.device or (bias is not None and bias.device != a.device):
-        raise ValueError(f"a, b and bias must be on one device; got {a.device}, {b.device}")
-    if bias is not None and tuple(bias.shape) != (b.shape[1],):
-        raise ValueError(f"bias must have shape ({b.shape[1]},); got {tuple(bias.shape)}")
-    grad = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    sizes = GemmSizes(a.shape[0], b.shape[1], a.shape[1])
-    return (a.dtype, *(bucket(size) for size in sizes), bias is not None, grad), sizes
+    options = GemmOptions(form_of(a, b), Scaling.NONE, Scaling.NONE, out_dtype, deterministic, batch_invariant)
+    return _run(a, b, GemmArgs(_contiguous(offs), bias), options, backend)
 
 
-def asked_for(backend: object) -> tuple[tuple[str, ...] | None, str]:
-    """Return the backends that a call asks for, and what asked: the argument, the context, the environment."""
-    if backend is not None:
-        return registry.resolve("gemm", backend), "backend="
-    if (overridden := override.variable("gemm").get()) is not None:
-        return overridden, "use_backend"
-    return settings().request("gemm"), GEMM
+def scaled_gemm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_recipe_a: object,
+    scale_b: Tensor,
+    scale_recipe_b: object,
+    *,
+    bias: Tensor | None = None,
+    offs: Tensor | None = None,
+    output_dtype: torch.dtype | None = torch.bfloat16,
+    deterministic: bool = False,
+    batch_invariant: bool = False,
+    backend: Backend = None,
+) -> Tensor:
+    """Multiply quantised operands, as `torch.nn.functional.scaled_mm` and `scaled_grouped_mm` do.
+
+    Args:
+        a: (M, K), float8_e4m3fn, float8_e5m2 or int8. b: (K, N) (usually the transposed view of weights (N, K)); or, by
+            groups, a (T, K) with b (E, K, N) and offs, or (E, M, K) with (E, K, N).
+        scale_a, scale_b: fp32 factors, value = stored * factor; see `Scaling` for shapes. `quantize_fp8` makes them.
+        scale_recipe_a, scale_recipe_b: what a factor covers: ``"tensor"``, ``"row"``, ``"1x128"``, ``"128x128"``, a
+            `Scaling`, or torch's ScalingType. Each backend says which pairs it does.
+        bias: (N,) or (E, N) in the result's dtype. output_dtype: bfloat16, float16 or float32.
+        offs and the others: as `grouped_gemm`.
+
+    Returns:
+        The product in output_dtype, new and contiguous; not differentiable.
+
+    Raises:
+        NotImplementedError: an argument requires a gradient. The others: as `grouped_gemm`.
+    """
+    args, options = scaled_arguments(
+        a, b, scale_a, scale_recipe_a, scale_b, scale_recipe_b, bias, offs, output_dtype, deterministic, batch_invariant
+    )
+    if needs_grad(bias, args.scale_a, args.scale_b):
+        raise NotImplementedError("scaled_gemm has no derivative; detach() the bias and the factors")
+    return _run(a, b, args, options, backend)
+
+
+def scaled_arguments(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_recipe_a: object,
+    scale_b: Tensor,
+    scale_recipe_b: object,
+    bias: Tensor | None,
+    offs: Tensor | None,
+    output_dtype: torch.dtype | None,
+    deterministic: bool,
+    batch_invariant: bool,
+) -> tuple[GemmArgs, GemmOptions]:
+    """Return the arguments of `scaled_gemm` as kernels and dispatch see them.
+
+    Raises:
+        ValueError, TypeError: a recipe that does not exist, or an operand of another number of dimensions.
+    """
+    recipe_a = scaling_of(scale_recipe_a, "scale_recipe_a")
+    recipe_b = scaling_of(scale_recipe_b, "scale_recipe_b")
+    form = Form.DENSE if offs is None and a.dim() == b.dim() == 2 else form_of(a, b)
+    lead_b = (b.shape[0],) if b.dim() == 3 else ()
+    lead_a = lead_b if form is Form.BATCHED else ()
+    scale_a = canonical_scale(scale_a, recipe_a, a.shape[-2:], lead_a, True)
+    scale_b = canonical_scale(scale_b, recipe_b, b.shape[-2:], lead_b, False)
+    options = GemmOptions(form, recipe_a, recipe_b, output_dtype, deterministic, batch_invariant)
+    return GemmArgs(_contiguous(offs), bias, scale_a, scale_b), options
+
+
+def arguments(**given: Any) -> tuple[GemmArgs, GemmOptions]:
+    """Return the arguments of any product here, from all of its own (but the backend) by name."""
+    if "scale_recipe_a" in given:
+        return scaled_arguments(**given)
+    form = form_of(given["a"], given["b"]) if "offs" in given else Form.DENSE
+    flags = (given["out_dtype"], given["deterministic"], given["batch_invariant"])
+    args = GemmArgs(_contiguous(given.get("offs")), given["bias"])
+    return args, GemmOptions(form, Scaling.NONE, Scaling.NONE, *flags)
+
+
+def _run(a: Tensor, b: Tensor, args: GemmArgs, options: GemmOptions, backend: Backend) -> Tensor:
+    if _tracing():
+        return gemm_compiled.product(a, b, args, options, backend)
+    return product(a, b, args, options, tuple(backend) if isinstance(backend, list) else backend)
+
+
+def _contiguous(offs: Tensor | None) -> Tensor | None:
+    return offs if offs is None or offs.is_contiguous() else offs.contiguous()

@@ -163,7 +163,7 @@ def execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, re
     return (out, lse) if return_lse else out
 
 
-def may_fall_back(plan: Plan, error: Exception) -> bool:
+def may_fall_back(plan: Plan, error: Exception, op: str = "attention") -> bool:
     """Quarantine the backend of a plan that failed at launch, if another one may run the call instead.
 
     Not for out of memory, wrong arguments, an explicit or reproducible choice, or an error that has poisoned the
@@ -177,7 +177,7 @@ def may_fall_back(plan: Plan, error: Exception) -> bool:
         return False
     if plan.device.type == "cuda" and _poisoned(error):
         return False
-    quarantine.put("attention", plan.backend, plan.spec, plan.device, error)
+    quarantine.put(op, plan.backend, plan.spec, plan.device, error)
     return True
 
 
@@ -199,10 +199,10 @@ def on_device(forward: Callable[..., Any], device: torch.device) -> Callable[...
     index = device.index
 
     @functools.wraps(forward)
-    def launch(q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Any:
+    def launch(*args: Any) -> Any:
         if torch.cuda.current_device() == index:
-            return forward(q, k, v, args)
+            return forward(*args)
         with torch.cuda.device(index):
-            return forward(q, k, v, args)
+            return forward(*args)
 
     return launch

@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 
 from vllm_accel.ops.extras import Extras
 
-_PLAIN = (Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", Tensor))  # Buffer came with torch 2.5
+#: Types of tensors that kernels take.
+PLAIN = (Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", Tensor))  # Buffer came with torch 2.5
 
 
 def redirect(q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Callable[..., Any] | None:
@@ -37,13 +38,13 @@ def redirect(q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Callable[..., A
         raise NotImplementedError(
             "attention does not run inside vmap, grad or jvp of torch.func; fold the mapped dimension into the batch"
         )
-    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in (q, k, v, *extras)):
+    if forward_ad._current_level >= 0 and any(has_tangent(t) for t in (q, k, v, *extras)):
         raise NotImplementedError("attention has no forward-mode derivative; use backward()")
     for name, tensor in zip("qkv", (q, k, v), strict=True):
         if tensor.is_nested or tensor.layout is not torch.strided:
             raise TypeError(f"{name} is a nested or sparse tensor; pass its values to attention_varlen with cu_seqlens")
-        if type(tensor) not in _PLAIN:
-            if _is_traced(tensor):
+        if type(tensor) not in PLAIN:
+            if is_traced(tensor):
                 return lambda _, traced, options, lengths, backend: traced(q, k, v, extras, options, lengths, backend)
             raise TypeError(
                 f"{name} is a {type(tensor).__name__}; attention takes plain tensors (for DTensor: to_local())"
@@ -75,14 +76,14 @@ def refuse_transforms(
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError("attention does not run inside vmap, grad or jvp of torch.func")
     given = [*named.values(), *(t for t in others if isinstance(t, Tensor))]
-    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in given):
+    if forward_ad._current_level >= 0 and any(has_tangent(t) for t in given):
         raise NotImplementedError("attention has no forward-mode derivative")
     traced = torch.compiler.is_compiling()
     for name, tensor in named.items():
         if tensor.is_nested or tensor.layout is not torch.strided:
             raise TypeError(f"{name} is a nested or sparse tensor; attention over a paged cache takes plain tensors")
-        if type(tensor) not in _PLAIN:
-            if not _is_traced(tensor):
+        if type(tensor) not in PLAIN:
+            if not is_traced(tensor):
                 raise TypeError(f"{name} is a {type(tensor).__name__}; attention takes plain tensors")
             traced = True
     if traced:
@@ -95,11 +96,13 @@ def refuse_transforms(
     return None
 
 
-def _has_tangent(tensor: Tensor | None) -> bool:
+def has_tangent(tensor: Tensor | None) -> bool:
+    """Tell whether forward-mode differentiation has given a tensor a tangent."""
     return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _is_traced(tensor: Tensor) -> bool:
+def is_traced(tensor: Tensor) -> bool:
+    """Tell whether a tensor stands for one in a trace."""
     from torch._subclasses import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
