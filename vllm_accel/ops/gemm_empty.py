@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_accel.backends.gemm.groups import group_of_rows
 from vllm_accel.dispatch.backend import GemmArgs
 from vllm_accel.dispatch.gemm_spec import Form, GemmSpec
+from vllm_accel.dispatch.offsets import group_of_rows
 
 
 class EmptyGemm(NamedTuple):

@@ -9,14 +9,9 @@ from torch import Tensor
 
 from vllm_accel.dispatch.backend import GemmArgs
 from vllm_accel.dispatch.gemm_spec import Form, Scaling
+from vllm_accel.dispatch.offsets import group_of_rows
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
-
-
-def group_of_rows(offs: Tensor, rows: int) -> Tensor:
-    """Return the group of each row, E for rows past the last one; on the device, int64."""
-    positions = torch.arange(rows, device=offs.device, dtype=offs.dtype)
-    return torch.searchsorted(offs, positions, right=True)
 
 
 def spans(offs: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_accel.backends.gemm.groups import by_group, group_of_rows, spread
+from vllm_accel.backends.gemm.groups import by_group, spread
 from vllm_accel.dispatch.backend import GemmArgs, TorchBackend
 from vllm_accel.dispatch.capability import Guard
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.gemm_capability import FLOATS, FP8, PLAIN_FEATURES, UNSCALED, GemmCapability
 from vllm_accel.dispatch.gemm_spec import Form, GemmSizes, GemmSpec, Scaling
+from vllm_accel.dispatch.offsets import group_of_rows
 from vllm_accel.dispatch.spec import Feature
 
 FORMS = frozenset({Form.DENSE, Form.GROUPED_M, Form.GROUPED_K, Form.BATCHED})
