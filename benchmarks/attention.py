@@ -88,15 +88,15 @@ def _measure(report: Report, device: torch.device, dtype: torch.dtype, rounds: i
         else:
             calls[name] = call
     del truth
-    yardsticks, work = _yardsticks(device, dtype, small=max(map(max, shape.sequences)) <= 64)
-    found = timing.in_turns({**yardsticks, **calls}, timing.clock(device), rounds)
+    measures, work = yardsticks(device, dtype, small=max(map(max, shape.sequences)) <= 64)
+    found = timing.in_turns({**measures, **calls}, timing.clock(device), rounds)
     matmul, copy = (found.pop(name).seconds for name in (MATMUL, COPY))
     report.matmul_tflops = work[MATMUL] / matmul * 1e-12 if matmul else None
     report.copy_gbs = work[COPY] / copy * 1e-9 if copy else None
     report.results += [_result(name, timed, report, dtype) for name, timed in found.items()]
 
 
-def _yardsticks(device: torch.device, dtype: torch.dtype, small: bool) -> tuple[dict[str, Call], dict[str, float]]:
+def yardsticks(device: torch.device, dtype: torch.dtype, small: bool) -> tuple[dict[str, Call], dict[str, float]]:
     """Return a square matrix product and a copy too large for any cache, with their operations and bytes."""
     n, size = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 27)
     if small:

@@ -39,6 +39,7 @@ GPU_SHAPES: tuple[Shape, ...] = (
     _square("prefill_1k_causal", "prefill", 1024, batch=8),
     _square("prefill_4k_causal", "prefill", 4096, batch=2),
     _square("prefill_16k_causal", "prefill", 16384),
+    _square("prefill_8k_causal", "prefill", 8192),
     _square("prefill_8k_full", "prefill", 8192, causal=False),
     _square("prefill_d64_4k_causal", "prefill", 4096, batch=4, **_D64),
     _square("prefill_d64_4k_full", "prefill", 4096, batch=4, causal=False, heads=16, kv_heads=16, head_dim=64),
@@ -48,17 +49,26 @@ GPU_SHAPES: tuple[Shape, ...] = (
     Shape("decode_b1_4k", "decode", batch=1, seqlen_q=1, seqlen_k=4096),
     Shape("decode_b32_4k", "decode", batch=32, seqlen_q=1, seqlen_k=4096),
     Shape("decode_b16_16k", "decode", batch=16, seqlen_q=1, seqlen_k=16384),
+    Shape("decode_b1_16k", "decode", batch=1, seqlen_q=1, seqlen_k=16384),
+    *[
+        Shape(f"paged{page}_{name}", "decode", batch=batch, seqlen_q=1, seqlen_k=length, block_size=page)
+        for name, batch, length in (("b32_4k", 32, 4096), ("b16_16k", 16, 16384), ("b1_16k", 1, 16384))
+        for page in (16, 64)
+    ],
     Shape("varlen_mix_16k", "prefill", lengths=_ragged(6000, 40, 2500, 17, 4096, 1, 900, 3000, 250)),
     Shape("varlen_decode_b32", "decode", lengths=tuple((1, 500 + 211 * i) for i in range(32))),
     _square("train_4k_causal", "train", 4096, batch=2, heads=16, kv_heads=16),
+    _square("train_4k_full", "train", 4096, batch=2, causal=False, heads=16, kv_heads=16),
     _square("train_8k_causal_gqa", "train", 8192),
     _square("train_4k_full_d64", "train", 4096, batch=2, causal=False, heads=16, kv_heads=16, head_dim=64),
+    _square("train_4k_causal_d64", "train", 4096, batch=2, heads=16, kv_heads=16, head_dim=64),
 )
 
 #: For the tests of the benchmark itself.
 QUICK_SHAPES: tuple[Shape, ...] = (
     _square("quick_causal", "prefill", 48, heads=4, kv_heads=2, head_dim=16),
     Shape("quick_decode", "decode", batch=2, seqlen_q=1, seqlen_k=40, heads=4, kv_heads=2, head_dim=16),
+    Shape("quick_paged", "decode", batch=2, seqlen_q=1, seqlen_k=40, heads=4, kv_heads=2, head_dim=16, block_size=16),
     Shape("quick_varlen", "prefill", lengths=((7, 7), (1, 1), (20, 20)), heads=4, kv_heads=2, head_dim=16),
     _square("quick_train", "train", 32, heads=2, kv_heads=2, head_dim=16),
 )

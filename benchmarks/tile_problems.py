@@ -80,9 +80,9 @@ def _forward(head_dims: Sequence[int]) -> Iterator[Entry]:
                 kernel="forward",
                 key=f"{_prefix(dtype)}d{d}{kind}",
                 candidates=_square(d, dtype),
-                check=lambda w, c=call: _forward_data(w, *c, batch=1, lengths=(77, 133), heads=2, kv_heads=1),  # type: ignore[misc]
+                check=lambda w, c=call: forward_data(w, *c, batch=1, lengths=(77, 133), heads=2, kv_heads=1),  # type: ignore[misc]
                 timed=lambda w, c=call: [  # type: ignore[misc]
-                    _forward_data(w, *c, batch=b, lengths=(s, s), heads=WIDTH // c[0], kv_heads=WIDTH // c[0])
+                    forward_data(w, *c, batch=b, lengths=(s, s), heads=WIDTH // c[0], kv_heads=WIDTH // c[0])
                     for b, s in ((16, 1024), (2, 8192))
                 ],
             )
@@ -131,7 +131,7 @@ def _attention_args(lengths: tuple[int, int], d: int, **options: Any) -> Attenti
     return AttentionArgs(**{**given, **options})
 
 
-def _forward_data(
+def forward_data(
     where: Where, d: int, dtype: torch.dtype, kind: str, *,
     batch: int, lengths: tuple[int, int], heads: int, kv_heads: int,
 ) -> Data:  # fmt: skip
@@ -165,15 +165,15 @@ def _backward(head_dims: Sequence[int]) -> Iterator[Entry]:
                     kernel="backward",
                     key=f"{part}_{_prefix(dtype)}d{d}{kind}",
                     candidates=_square(d, dtype),
-                    check=lambda w, c=call: _backward_data(w, *c, batch=1, lengths=(77, 133), heads=2, kv_heads=1),  # type: ignore[misc]
+                    check=lambda w, c=call: backward_data(w, *c, batch=1, lengths=(77, 133), heads=2, kv_heads=1),  # type: ignore[misc]
                     timed=lambda w, c=call: [  # type: ignore[misc]
-                        _backward_data(w, *c, batch=b, lengths=(s, s), heads=WIDTH // c[0], kv_heads=WIDTH // c[0])
+                        backward_data(w, *c, batch=b, lengths=(s, s), heads=WIDTH // c[0], kv_heads=WIDTH // c[0])
                         for b, s in ((8, 1024), (1, 8192) if c[2] != "bias" else (2, 2048))
                     ],
                 )
 
 
-def _backward_data(
+def backward_data(
     where: Where, d: int, dtype: torch.dtype, part: str, kind: str, *,
     batch: int, lengths: tuple[int, int], heads: int, kv_heads: int,
 ) -> Data:  # fmt: skip
@@ -260,18 +260,20 @@ def _cached(kernel: str, d: int, d_v: int, rope: int) -> Iterator[Entry]:
             kernel=kernel,
             key=f"{height}_d{d_v}{kind}",
             candidates=tiles(rows, (16, 32) if kind == "_fp32" else (16, 32, 64, 128), (4, 8), stages, (0, 128)),
-            check=lambda w, c=call, n=small: _paged_data(w, *c, queries=n, kv_heads=1, used=[n, 75, 133]),  # type: ignore[misc]
+            check=lambda w, c=call, n=small: paged_data(w, *c, queries=n, kv_heads=1, used=[n, 75, 133]),  # type: ignore[misc]
             timed=lambda w, c=call, n=large: [  # type: ignore[misc]
-                _paged_data(w, *c, queries=n, kv_heads=1 if rope else 8, used=[s] * b)
+                paged_data(w, *c, queries=n, kv_heads=1 if rope else 8, used=[s] * b)
                 for b, s in (((2, 2048), (1, 8192)) if n > 8 else ((64, 2048), (4, 32768)))
             ],
         )
 
 
-def _paged_data(
-    where: Where, d: int, d_v: int, cache: torch.dtype, group: int, *, queries: int, kv_heads: int, used: list[int]
+def paged_data(
+    where: Where, d: int, d_v: int, cache: torch.dtype, group: int, *,
+    queries: int, kv_heads: int, used: list[int], page: int = 0,
 ) -> Data:  # fmt: skip
-    page, batch = 64 if max(used) > 1000 else 16, len(used)
+    """Return a call over a paged cache whose sequences have `used` keys each, in blocks of `page` (0: 16 or 64)."""
+    page, batch = page or (64 if max(used) > 1000 else 16), len(used)
     per_sequence = -(-max(used) // page)
     dtype = torch.float32 if cache is torch.float32 else torch.bfloat16
     mla = d != d_v

@@ -23,6 +23,8 @@ BACKENDS = (
     "flash_attn_4",
     "xformers",
     "mslk",
+    "triton",
+    "gluon_hopper",
 )
 
 

@@ -1,0 +1,300 @@
+"""Which tiles `benchmarks.gpu_triton` tries on which calls, so that the tables can be set from measurement.
+
+Few candidates, all of which compile for sm_90 without spills in their loops (``python -m benchmarks.tile_search
+--arch sm_90``); first in each list is what the table has.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import tile_problems
+from benchmarks.tile_problems import Data, Where
+from vllm_accel.dispatch.device import detect
+from vllm_accel.kernels.triton.launch import Launch, run
+from vllm_accel.kernels.triton.tiles import Tile, lookup
+from vllm_accel.testing.oracle import attention_oracle, plain_attention
+from vllm_accel.testing.tolerance import assert_close, assert_lse_close
+from vllm_accel.tuning import timing
+
+ROUNDS = 5
+_BF16, _E4M3 = torch.bfloat16, torch.float8_e4m3fn
+
+
+class Problem(NamedTuple):
+    """One timed call and the tiles to try on it.
+
+    Attributes:
+        name: unique. kernel, key: the entry of a table; kernel "gluon" has variants instead of tiles.
+        candidates: to try beside the entry. check: a small call with odd lengths. timed: the call that is timed.
+        flops, bytes: of the timed call, 0 where they do not bound it.
+    """
+
+    name: str
+    kernel: str
+    key: str
+    candidates: tuple[Any, ...]
+    check: Callable[[Where], Data]
+    timed: Callable[[Where], Data]
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+def _tiles(*numbers: tuple[int, ...]) -> tuple[Tile, ...]:
+    return tuple(Tile(*n) for n in numbers)
+
+
+# --- forward, backward -----------------------------------------------------------------------------------------------
+
+
+def _square(d: int, s: int, causal: bool) -> tuple[dict[str, Any], float]:
+    """Return the sizes of a timed call (16k tokens, 2048 channels) and the operations of its forward."""
+    heads, batch = 2048 // d, 16384 // s
+    flops = 4.0 * batch * heads * s * s * d * (0.5 if causal else 1.0)
+    return {"batch": batch, "lengths": (s, s), "heads": heads, "kv_heads": heads}, flops
+
+
+_SMALL: dict[str, Any] = {"batch": 1, "lengths": (177, 333), "heads": 2, "kv_heads": 1}
+
+_FORWARD = {
+    64: _tiles((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3, 128), (128, 128, 8, 2), (64, 128, 4, 2)),
+    128: _tiles((128, 64, 8, 2, 128), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2)),
+    256: _tiles((128, 32, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2)),
+}
+_BACKWARD = {
+    "fused_d64": _tiles((64, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)),
+    "dkv_d64": _tiles((64, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 3), (64, 128, 4, 2)),
+    "dq_d64": _tiles((128, 64, 8, 2), (64, 64, 4, 3), (128, 128, 8, 2), (128, 64, 4, 2)),
+    "fused_d128": _tiles((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+    "dkv_d128": _tiles((64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2), (64, 128, 8, 1)),
+    "dq_d128": _tiles((128, 64, 8, 2), (64, 64, 4, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
+}
+
+
+def _forwards() -> list[Problem]:
+    made = []
+    for d, s, causal in ((128, 8192, False), (128, 8192, True), (64, 4096, False), (64, 4096, True),
+                         (256, 4096, False), (256, 4096, True)):  # fmt: skip
+        sizes, flops = _square(d, s, causal)
+        kind = "_causal" if causal else ""
+        call = functools.partial(tile_problems.forward_data, d=d, dtype=_BF16, kind=kind)
+        name = f"forward_d{d}_{s}{kind or '_full'}"
+        made.append(
+            Problem(name, "forward", f"d{d}", _FORWARD[d], functools.partial(call, **_SMALL),
+                    functools.partial(call, **sizes), flops=flops)
+        )  # fmt: skip
+    return made
+
+
+def _backwards() -> list[Problem]:
+    made = []
+    for key, candidates in _BACKWARD.items():
+        part, size = key.split("_")
+        d = int(size[1:])
+        sizes, flops = _square(d, 4096, True)
+        products = {"fused": 5, "dkv": 4, "dq": 3}[part]  # half the batch, and two products in `flops`
+        call = functools.partial(tile_problems.backward_data, d=d, dtype=_BF16, part=part, kind="")
+        made.append(
+            Problem(f"backward_{key}_4096_causal", "backward", key, candidates, functools.partial(call, **_SMALL),
+                    functools.partial(call, **{**sizes, "batch": 2}), flops=flops / 4 * products)
+        )  # fmt: skip
+    return made
+
+
+# --- paged -----------------------------------------------------------------------------------------------------------
+
+_DECODE = {
+    "m16_d128": _tiles((16, 64, 4, 3), (16, 32, 4, 4), (16, 128, 4, 2), (16, 64, 4, 2), (16, 128, 8, 3)),
+    "m16_d64": _tiles((16, 64, 4, 3), (16, 128, 4, 3), (16, 128, 8, 3), (16, 64, 2, 4)),
+    "m16_d128_8bit": _tiles((16, 64, 4, 3), (16, 128, 4, 3), (16, 128, 8, 3), (16, 64, 4, 4)),
+    "m16_d512": _tiles((16, 32, 4, 3), (16, 64, 8, 2), (16, 32, 8, 3), (16, 16, 4, 3)),
+    "prefill_d128": _tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (128, 128, 8, 2)),
+}
+#: Name, entry, sequences and keys of each, block size.
+_CACHES = (
+    ("decode_b32_4k_page16", "m16_d128", 32, 4096, 16),
+    ("decode_b32_4k_page64", "m16_d128", 32, 4096, 64),
+    ("decode_b16_16k_page16", "m16_d128", 16, 16384, 16),
+    ("decode_b1_16k_page16", "m16_d128", 1, 16384, 16),
+    ("decode_d64_b32_4k_page16", "m16_d64", 32, 4096, 16),
+    ("decode_fp8_b32_4k_page16", "m16_d128_8bit", 32, 4096, 16),
+    ("mla_16h_b32_4k_page64", "m16_d512", 32, 4096, 64),
+    ("prefill_2k_of_8k_page16", "prefill_d128", 1, 8192, 16),
+)
+
+
+def _paged() -> list[Problem]:
+    made = []
+    for name, key, batch, length, page in _CACHES:
+        latent = key.endswith("d512")
+        d = 576 if latent else int(key.split("_d")[1].split("_")[0])
+        d_v, kv_heads, group = (512, 1, 16) if latent else (d, 8, 4)
+        cache = _E4M3 if key.endswith("8bit") else _BF16
+        queries = 2048 if key.startswith("prefill") else 1
+        call = functools.partial(tile_problems.paged_data, d=d, d_v=d_v, cache=cache, group=group)
+        stored = batch * length * kv_heads * (d if latent else 2 * d) * cache.itemsize
+        passed = batch * queries * group * kv_heads * (d + d_v) * 2
+        flops = 2.0 * queries * (length - queries / 2) * group * kv_heads * (d + d_v) if queries > 1 else 0.0
+        small = {"queries": min(queries, 40), "kv_heads": 1, "used": [min(queries, 40), 175, 1333], "page": page}
+        large = {"queries": queries, "kv_heads": kv_heads, "used": [length] * batch, "page": page}
+        made.append(
+            Problem(name, "mla" if latent else "paged", key, _DECODE[key], functools.partial(call, **small),
+                    functools.partial(call, **large), flops=flops, bytes=0.0 if flops else float(stored + passed))
+        )  # fmt: skip
+    return made
+
+
+# --- Gluon -----------------------------------------------------------------------------------------------------------
+
+
+def _gluon_data(
+    where: Where, d: int, causal: bool, *, batch: int, lengths: tuple[int, int], heads: int, kv_heads: int
+) -> Data:
+    from vllm_accel.kernels.gluon import forward_sm90_launch as gluon
+
+    q, k, v = (
+        torch.randn((batch, s, n, d), device=where.device).to(_BF16)
+        for s, n in ((lengths[0], heads), (lengths[1], kv_heads), (lengths[1], kv_heads))
+    )
+    out, lse = torch.empty_like(q), torch.empty((batch, heads, lengths[0]), device=where.device)
+
+    def launches(variant: Any) -> tuple[Launch, ...]:
+        return (
+            gluon.forward_launch(
+                q, k, v, out, lse, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=lengths[0],
+                max_seqlen_k=lengths[1], softmax_scale=d**-0.5, causal=causal, head_dim_v=d, variant=variant,
+                sm_count=where.sm_count,
+            ),
+        )  # fmt: skip
+
+    def verify() -> None:
+        want, want_lse = attention_oracle(q, k, v, causal=causal)
+        assert_close(out, want, plain_attention(q, k, v, causal=causal)[0], what="out")
+        assert_lse_close(lse, want_lse, dtype=_BF16)
+
+    return Data(launches, verify)
+
+
+def _gluons() -> list[Problem]:
+    try:
+        from vllm_accel.kernels.gluon.forward_sm90_launch import Variant
+    except ImportError:  # a Triton without Gluon
+        return []
+    base, taking_turns, persistent = Variant(128), Variant(128, pingpong=True), Variant(128, persistent=True)
+    three = Variant(64, stages=4, consumers=3, consumer_registers=160)
+    variants = {
+        64: (base, taking_turns, three, persistent, Variant(128, stages=3)),
+        128: (base, taking_turns, persistent, Variant(128, persistent=True, q_slots=2), Variant(64, stages=4)),
+        256: (Variant(64), Variant(64, pingpong=True), Variant(32, stages=3), Variant(64, overlap=False)),
+    }
+    made = []
+    for d, s, causal in ((128, 8192, False), (128, 8192, True), (64, 4096, False), (64, 4096, True),
+                         (256, 4096, False), (256, 4096, True)):  # fmt: skip
+        sizes, flops = _square(d, s, causal)
+        call = functools.partial(_gluon_data, d=d, causal=causal)
+        name = f"gluon_d{d}_{s}_{'causal' if causal else 'full'}"
+        made.append(
+            Problem(name, "gluon", str(d), variants[d], functools.partial(call, **_SMALL),
+                    functools.partial(call, **sizes), flops=flops)
+        )  # fmt: skip
+    return made
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def problems() -> dict[str, Problem]:
+    """Return every problem by name, those that matter most first."""
+    made = [*_gluons(), *_forwards(), *_paged(), *_backwards()]
+    return {problem.name: problem for problem in made}
+
+
+def candidates(problem: Problem, arch: str) -> tuple[Any, ...]:
+    """Return the tiles to try: the table's own first."""
+    if problem.kernel == "gluon":
+        return problem.candidates
+    own = lookup(problem.kernel, arch, [problem.key])
+    return tuple(dict.fromkeys((own, *problem.candidates)))
+
+
+def prepare(name: str, index: int) -> dict[str, Any]:
+    """Compile one candidate, hold it against the oracle on the small call, and run the timed call once."""
+    problem, where = problems()[name], here()
+    tile = candidates(problem, where.arch)[index]
+    small = problem.check(where)
+    for launch in small.launches(tile):
+        run(launch)
+    small.verify()
+    compiled = [run(launch) for launch in problem.timed(where).launches(tile)]
+    torch.cuda.synchronize()
+    shared = compiled[0].metadata.shared
+    del small, compiled[1:]
+    torch.cuda.empty_cache()  # as many processes as cores share the memory
+    return {
+        "tile": tile._asdict(), "registers": compiled[0].n_regs, "spills": compiled[0].n_spills,
+        "shared": shared,
+    }  # fmt: skip
+
+
+def time_tiles(name: str, indices: tuple[int, ...]) -> dict[str, Any]:
+    """Time candidates of a problem as CUDA graphs, in turns, beside a product and a copy."""
+    from benchmarks.attention import COPY, MATMUL, yardsticks
+
+    problem, where = problems()[name], here()
+    tiles = candidates(problem, where.arch)
+    data = problem.timed(where)
+    calls, work = yardsticks(where.device, _BF16, small=False)
+    errors = {}
+    for i in indices:
+        try:
+            calls[str(i)] = _graph(data.launches(tiles[i]))
+        except Exception as error:  # one tile that fails is a result
+            errors[str(i)] = timing.text_of(error)
+    found = timing.in_turns(calls, timing.clock(where.device), ROUNDS)
+    matmul, copy = (found.pop(key) for key in (MATMUL, COPY))
+    tflops = work[MATMUL] / matmul.seconds * 1e-12 if matmul.seconds else None
+    gbs = work[COPY] / copy.seconds * 1e-9 if copy.seconds else None
+    rows = [_row(problem, tiles[int(i)], timed, tflops, gbs) for i, timed in found.items()]
+    return {"kernel": problem.kernel, "key": problem.key, "matmul_tflops": tflops, "copy_gbs": gbs,
+            "results": rows, "errors": errors}  # fmt: skip
+
+
+def _row(
+    problem: Problem, tile: Any, timed: timing.Timed, matmul_tflops: float | None, copy_gbs: float | None
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "tile": tile._asdict(),
+        "seconds": timed.seconds,
+        "rounds": timed.rounds,
+        "error": timed.error,
+    }
+    if timed.seconds and problem.flops:
+        row["tflops"] = problem.flops / timed.seconds * 1e-12
+        row["of_matmul"] = row["tflops"] / matmul_tflops if matmul_tflops else None
+    if timed.seconds and problem.bytes:
+        row["gbs"] = problem.bytes / timed.seconds * 1e-9
+        row["of_copy"] = row["gbs"] / copy_gbs if copy_gbs else None
+    return row
+
+
+def _graph(launches: tuple[Launch, ...]) -> Callable[[], Any]:
+    """Return what replays some launches, so that no Python is in their time."""
+    for launch in launches:
+        run(launch)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            run(launch)
+    return graph.replay
+
+
+def here() -> Where:
+    """Return the current GPU."""
+    device = detect(torch.device("cuda", torch.cuda.current_device()))
+    return Where(torch.device("cuda", device.index or 0), device.arch, device.sm_count or 132)

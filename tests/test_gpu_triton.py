@@ -1,0 +1,110 @@
+"""The script for a GPU, as far as it runs without one: its workers, its lists, its checks on the CPU."""
+
+from __future__ import annotations
+
+import operator
+import os
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu_triton, shapes
+from benchmarks import gpu_triton_tasks as work
+from benchmarks import gpu_triton_tiles as tiling
+from benchmarks.tile_problems import Where
+from benchmarks.workers import NO_TIME, STOPPED, Done, Task, run_all
+from vllm_accel.testing import Case, PagedCase
+
+META = Where(torch.device("meta"), "sm_90")
+
+
+#: What tasks call here is of the standard library: their processes need not import torch.
+LOST = "raise RuntimeError('CUDA error: an illegal memory access was encountered')"
+
+
+def test_a_task_that_fails_hangs_or_dies_costs_itself_alone() -> None:
+    tasks = [
+        Task("one", operator.add, (1, 1)), Task("error", int, ("x",)), Task("death", os._exit, (3,)),
+        Task("hang", time.sleep, (600,), limit=1.0), Task("poison", exec, (LOST,)), Task("two", operator.add, (2, 2)),
+    ]  # fmt: skip
+    seen: list[str] = []
+    done = {d.task.name: d for d in run_all(tasks, 2, time.monotonic() + 120, lambda d: seen.append(d.task.name))}
+    assert sorted(seen) == sorted(t.name for t in tasks)
+    assert (done["one"].value, done["two"].value) == (2, 4)
+    assert done["error"].error.startswith("ValueError: invalid literal")
+    assert done["death"].error == "its process ended with 3"
+    assert done["hang"].error == "killed after 1 s"
+    assert "illegal memory access" in done["poison"].error
+
+
+def test_the_deadline_holds_for_what_runs_and_for_what_waits() -> None:
+    tasks = [Task("hang", time.sleep, (600,)), Task("after", operator.add, (1, 1))]
+    start = time.monotonic()
+    done: list[Done] = run_all(tasks, 1, start + 1)
+    assert time.monotonic() - start < 30
+    assert [d.error for d in done] == [STOPPED, NO_TIME]
+
+
+def test_every_name_in_the_lists_exists() -> None:
+    known = {shape.name for shape in shapes.GPU_SHAPES}
+    assert {*gpu_triton.FORWARD_SHAPES, *gpu_triton.BACKWARD_SHAPES} <= known
+    for task in gpu_triton.conformance_tasks():
+        if task.call is work.conformance:
+            _, paged, name, dtype = task.args
+            assert name in (work.paged_cases() if paged else work.dense_cases()) and dtype in work.DTYPES
+    assert set(gpu_triton._FP32) <= set(work.dense_cases())
+    for dense, paged_names in gpu_triton._TINY.values():
+        assert set(dense) <= set(work.dense_cases()) and set(paged_names) <= set(work.paged_cases())
+
+
+@pytest.mark.parametrize("name", tiling.problems())
+def test_every_candidate_makes_launches_of_the_call_that_is_timed(name: str) -> None:
+    problem = tiling.problems()[name]
+    tiles = tiling.candidates(problem, "sm_90")
+    assert 2 <= len(tiles) <= 6 and (problem.flops > 0) != (problem.bytes > 0)
+    if problem.kernel == "gluon":  # its descriptors need addresses
+        return
+    data = problem.timed(META)
+    for tile in tiles:
+        launches = data.launches(tile)
+        assert launches[0].num_warps == tile.num_warps
+
+
+@pytest.mark.parametrize("case", work.LONG_CASES[::4], ids=lambda case: case.name)
+def test_the_longer_cases_are_cases(case: Case) -> None:
+    assert work.conformance("reference", False, case.name, "fp32", "cpu")["outcome"] == "ran"
+
+
+@pytest.mark.parametrize("case", work.LONG_PAGED_CASES[::5], ids=lambda case: case.name)
+def test_the_longer_paged_cases_are_cases(case: PagedCase) -> None:
+    assert work.conformance("reference", True, case.name, "fp32", "cpu")["outcome"] == "ran"
+
+
+def test_a_wrong_number_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_accel.backends import reference
+
+    real = reference.ReferenceKernel.forward
+    monkeypatch.setattr(
+        reference.ReferenceKernel, "forward", lambda *a, **k: (r := real(*a, **k)) and (r[0] * 1.1, *r[1:])
+    )
+    found = work.conformance("reference", False, "plain", "fp32", "cpu")
+    assert found["outcome"] == "failed" and "out" in found["detail"]
+
+
+def test_peers_and_backwards_on_the_cpu() -> None:
+    row = work.peers("quick_paged", quick=True)
+    assert {r["name"] for r in row["results"] if r["seconds"]} >= {"reference"} and not row["error"]
+    row = work.backwards("quick_train", quick=True)
+    right = {r["name"] for r in row["results"] if r["seconds"] and r["tflops"]}
+    assert right >= {"reference", "torch sdpa by hand"}
+
+
+def test_dry_run_and_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_triton.main(["--dry-run", "--steps", "peers,tiles"]) == 0
+    text = capsys.readouterr().out
+    assert "paged16_b32_4k" in text and "gluon_d128_8192_full" in text and "conformance" not in text
+    for wrong in (["--steps", "nothing"], [], ["--out"]):
+        if wrong or not torch.cuda.is_available():
+            with pytest.raises(SystemExit):
+                gpu_triton.main(wrong)
