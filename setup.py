@@ -24,14 +24,13 @@ FOLDER = Path("vllm_accel/kernels/cpu")
 class BuildKernels(build_ext):
     """Compile each source with the flags of its instruction set, several at a time; a failure is a warning."""
 
-    def run(self) -> None:
+    def build_extension(self, ext: Extension) -> None:
         try:
-            super().run()
+            self._compile_and_link(ext)
         except Exception as error:  # whatever a compiler, a linker or a missing Python.h makes of it
-            self.extensions = []
             warnings.warn(f"the CPU kernels were not built, PyTorch's will be used: {error}", stacklevel=1)
 
-    def build_extension(self, ext: Extension) -> None:
+    def _compile_and_link(self, ext: Extension) -> None:
         rules = runpy.run_path(str(FOLDER / "build.py"))
         flags = rules["sources"]()
 
@@ -58,6 +57,7 @@ def extensions() -> list[Extension]:
     rules: dict[str, Any] = runpy.run_path(str(FOLDER / "build.py"))
     sources = [str(FOLDER / name) for name in rules["sources"]()]
     headers = [str(path) for path in sorted([*FOLDER.glob("*.h"), *FOLDER.glob("*.hpp")])]
+    # Optional: an editable install looks for the file afterwards, and may miss it.
     return [Extension("vllm_accel.kernels.cpu._cpu", sources, depends=headers, py_limited_api=True, optional=True)]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from host import FIRST_ON_CPU
 from vllm_accel import attention, attention_varlen, use_backend
 from vllm_accel.ops.run import PLANS
 from vllm_accel.testing import attention_oracle
@@ -285,6 +286,21 @@ def test_a_large_negative_bias_is_finite() -> None:
     out, lse = attention(q, k, v, attn_bias=bias, return_lse=True)
     assert torch.isfinite(lse).all()
     assert torch.allclose(out[:, 0], v.mean(1).repeat_interleave(2, 1), atol=1e-5), "equal biases: a plain mean"
+
+
+@pytest.mark.parametrize("backend", dict.fromkeys([FIRST_ON_CPU, "sdpa_cpu", "reference"]))
+def test_rows_behind_the_lowest_number_have_finite_gradients(backend: str) -> None:
+    """Masks of transformers are filled with it; such a row attends to all keys alike, and nobody reads it."""
+    q, k, v = (t.requires_grad_() for t in _qkv())
+    bias = torch.zeros(8, 8)
+    bias[:3] = torch.finfo(torch.float32).min
+    out = attention(q, k, v, attn_bias=bias, backend=backend)
+    dout = torch.randn_like(out)
+    dout[:, :3] = 0
+    found = torch.autograd.grad(out, (q, k, v), dout)
+    want, _ = attention_oracle(q[:, 3:], k, v)
+    for got, expected in zip(found, torch.autograd.grad(want, (q, k, v), dout[:, 3:].double()), strict=True):
+        assert torch.allclose(got, expected.to(got.dtype), atol=1e-5)
 
 
 def test_fp8_without_a_kernel_runs_on_the_reference() -> None:

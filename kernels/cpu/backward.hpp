@@ -169,7 +169,7 @@ template <class P> static void backward_queries(const Job& j, int b, int kv_head
             const int at = y * KB + x + e * VL, key = k0 + x + e * VL;
             vf cap = set1(1.f);
             const vf logit_ = hide(row_logit(j, row, load(w.s + at), scale, key, s.n_k, &cap), row, key);
-            const vf p = exp2v<false>(logit_ - set1(lse[r + y]));
+            const vf p = probability(logit_, set1(lse[r + y]));
             const vf gradient = p * (load(w.dp + at) * set1(value_scale) - set1(delta[r + y]));
             if (dbias) {
               for (int z = 0; z < VL && key + z < row.hi; z++) dbias[(key + z) * j.dbias_key] += gradient[z];
@@ -243,7 +243,7 @@ template <class P> static void backward_keys(const Job& j, int b, int kv_head, i
               const vf l = column_logit(j, any, load(w.s + at), scale, key, i, s.n_q, &cap);
               const vi query = iota() + i;
               const vf shown = query >= seen.lo && query < seen.hi ? l : set1(-INF);
-              p[e] = exp2v<false>(shown - load(lse + i));
+              p[e] = probability(shown, load(lse + i));
               ds[e] = p[e] * (load(w.dp + at) * set1(value_scale) - load(delta + i)) * cap;
             }
             store_words<P>(w.p + y * (KB / P::PAIR), x, p[0], p[1]);

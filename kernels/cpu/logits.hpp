@@ -52,7 +52,15 @@ AI vf bias_lanes(int type, const char* p, int64_t stride, int n) {
     const vi set = __builtin_convertvector(*reinterpret_cast<const vb_any*>(copy), vi);
     return set != 0 ? vf{} : set1(-INF);
   }
-  return load_typed(type, copy, VL) * set1(LOG2E);
+  // A finite bias stays finite in units of log2: masks are often filled with the lowest number of a dtype.
+  const vf bias = load_typed(type, copy, VL), scaled = bias * set1(LOG2E);
+  return scaled == set1(-INF) && bias != scaled ? set1(LOWEST) : scaled;
+}
+
+// exp2(x - lse), which rounding of two huge numbers must not carry beyond 1.
+AI vf probability(vf x, vf lse) {
+  const vf difference = x - lse;
+  return exp2v<false>(difference > vf{} ? vf{} : difference);
 }
 
 AI vf hide(vf x, const Row& row, int k) {

@@ -30,7 +30,7 @@ typedef uint8_t vb __attribute__((vector_size(VL)));
 typedef uint8_t vb_any __attribute__((vector_size(VL), aligned(1), may_alias));
 typedef int8_t vc __attribute__((vector_size(VL)));
 
-constexpr float INF = __builtin_inff();
+constexpr float INF = __builtin_inff(), LOWEST = -__FLT_MAX__;
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 
 template <class T> AI T least(T a, T b) { return a < b ? a : b; }

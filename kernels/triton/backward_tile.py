@@ -107,6 +107,8 @@ def probabilities(
         s, rows, cols, len_q, len_k, slope, bias, bias_stride_q, bias_stride_k, left, right,
         ALIBI, BIAS, WIDE, LEFT, RIGHT, False,
     )  # fmt: skip
+    if BIAS == 1:
+        s = tl.minimum(s, lse)  # rounding of two huge numbers must not carry p beyond 1
     p = tl.exp2(s - lse)
     if MASK:  # noqa: SIM102 - the one is decided by the compiler, the other by the GPU
         if masked:

@@ -14,6 +14,7 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # of fp32
 
 #: Values of the constexpr BIAS.
 NO_BIAS, ADDITIVE, BOOLEAN = 0, 1, 2
@@ -160,7 +161,9 @@ def biased(
         else:
             offsets = rows * bias_stride_q + cols * bias_stride_k
         if BIAS == 1:
-            s += tl.load(bias + offsets, mask=inside, other=0.0).to(tl.float32) * LOG2E
+            # A finite bias stays finite in base 2: masks are often filled with the lowest number of a dtype.
+            value = tl.load(bias + offsets, mask=inside, other=0.0).to(tl.float32)
+            s += tl.where((value < LOWEST / LOG2E) & (value > float("-inf")), LOWEST, value * LOG2E)
         else:
             s = tl.where(tl.load(bias + offsets, mask=inside, other=0) != 0, s, float("-inf"))
     if MASKED:
