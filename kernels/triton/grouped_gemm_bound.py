@@ -1,0 +1,87 @@
+"""A grouped product bound to its compiled kernel, also where operands come through TMA descriptors.
+
+`launch.Bound` passes addresses; a descriptor is encoded by the launcher from an object, at every launch, because it
+holds the address.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+from vllm_accel.kernels.triton.launch import Bound, Launch, _goes_direct, _listening, run
+
+#: Tensors of the kernel after its two descriptors: a, b, out, offs, bias, gather, a_scale, b_scale.
+_TENSORS = 8
+
+
+class _Encoded(NamedTuple):
+    """What the launcher reads of a descriptor; a `TensorDescriptor` checks itself at each construction."""
+
+    base: Tensor
+    shape: list[int]
+    strides: list[int]
+    padding: str = "zero"
+
+
+class BoundGemm:
+    """A product whose sizes and strides stay; tensors of the same kind change from call to call.
+
+    Args:
+        plain: the launch without descriptors, which takes any address. described: the same with descriptors, or None
+            where strides or the chip rule them out.
+    """
+
+    __slots__ = ("_compiled", "_described", "_direct", "_fixed", "_index", "_plain", "_tails")
+
+    def __init__(self, plain: Launch, described: Launch | None) -> None:
+        self._plain = Bound(plain)
+        self._described: Launch | None = None
+        if described is None:
+            return
+        device = described.args[2].device
+        integers = described.args[2 + _TENSORS :]
+        self._tails = [(d.shape, d.strides, d.block_shape) for d in described.args[:2]]
+        names = described.fn.arg_names[len(described.args) :]
+        self._fixed = (*integers, *[described.constexprs[name] for name in names])
+        self._direct, self._index = _goes_direct(described.fn, device), device.index or 0
+        #: Which tensors are misaligned (bits) -> launcher, function, metadata.
+        self._compiled: dict[int, tuple[Any, Any, Any]] = {}
+        # Without its tensors: a plan must keep no caller's memory alive.
+        self._described = described._replace(args=integers)
+
+    def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
+        """Launch on a, b, out, offs, bias, gather, a_scale and b_scale, None in the same places as in the launch."""
+        a, b = tensors[0], tensors[1]
+        assert a is not None and b is not None
+        if self._described is None or a.data_ptr() & 15 or b.data_ptr() & 15:
+            self._plain((None, None, *tensors))
+            return
+        misaligned = 0
+        addresses: list[int | None] = []
+        for i, t in enumerate(tensors):
+            address = None if t is None else t.data_ptr()
+            addresses.append(address)
+            if address is not None and address & 15:
+                misaligned |= 1 << i
+        compiled = self._compiled.get(misaligned)
+        if compiled is None or _listening():
+            self._first(a, b, tensors, misaligned)
+            return
+        launcher, function, metadata = compiled
+        (a_shape, a_strides, _), (b_shape, b_strides, _) = self._tails
+        stream = triton.runtime.driver.active.get_current_stream(self._index)
+        launcher(
+            *self._described.grid, stream, function, metadata, None, None, None, _Encoded(a, a_shape, a_strides),
+            _Encoded(b, b_shape, b_strides), *addresses, *self._fixed,
+        )  # fmt: skip
+
+    def _first(self, a: Tensor, b: Tensor, tensors: tuple[Tensor | None, ...], misaligned: int) -> None:
+        assert self._described is not None
+        pair = [TensorDescriptor(t, *tail) for t, tail in zip((a, b), self._tails, strict=True)]
+        kernel = run(self._described._replace(args=(*pair, *tensors, *self._described.args)))
+        if self._direct:
+            self._compiled[misaligned] = (kernel.run, kernel.function, kernel.packed_metadata)
