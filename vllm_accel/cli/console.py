@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 140
 
 STYLES = {
-    "chosen": "bold green", "OK": "green", "yes": "green", "could run": "green", "no": "yellow",
+    "chosen": "bold green", "OK": "green", "OK-SLOW": "yellow", "NO": "bold red", "yes": "green",
+    "could run": "green", "no": "yellow",
     "BROKEN": "bold red", "QUARANTINED": "red", "UNSUPPORTED": "dim", "ABSENT": "dim", "DISABLED": "yellow",
     "cannot run this call": "dim", "not available": "dim", "switched off": "yellow", "quarantined": "red",
     "not asked for": "dim", "could run, not chosen automatically": "yellow",
@@ -66,6 +67,15 @@ def print_json(data: object) -> None:
     print(json.dumps(data, indent=2, ensure_ascii=False))
 
 
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table for an issue or a page."""
+
+    def line(cells: Iterable[object]) -> str:
+        return "| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in cells) + " |"
+
+    return "\n".join([line(columns), "|" + "---|" * len(columns), *map(line, rows)])
+
+
 def wrong_use(command: str, error: BaseException | str) -> int:
     """Print one line to standard error and return the exit code for wrong use."""
     text = " ".join(str(error).split())
@@ -74,11 +84,15 @@ def wrong_use(command: str, error: BaseException | str) -> int:
 
 
 def hide(text: str) -> str:
-    """Replace home directories by ``~``, so that a report can be posted."""
+    """Replace home directories by ``~`` and the user's name in paths, so that a report can be posted."""
     home = os.path.expanduser("~")  # unlike Path.home, never raises
     if len(home) > 1:
         text = re.sub(re.escape(home) + r"(?=[/\\:;,\s'\")]|$)", "~", text)
-    return re.sub(r"(?:/home|/Users|[A-Za-z]:\\Users)[/\\][^/\\:;,\s'\")]+", "~", text)
+    text = re.sub(r"(?:/home|/Users|[A-Za-z]:\\Users)[/\\][^/\\:;,\s'\")]+", "~", text)
+    user = os.environ.get("USER") or os.environ.get("USERNAME") or os.path.basename(home)
+    if len(user) < 2 or user == "root":
+        return text
+    return re.sub(rf"(?<=[/\\_-]){re.escape(user)}(?=[/\\:;,\s'\")]|$)", "USER", text)  # /tmp/torchinductor_jane
 
 
 def hide_all(data: Any) -> Any:

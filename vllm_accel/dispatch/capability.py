@@ -105,6 +105,10 @@ class Capability:
         found = ((rule.name, rule.check(spec, device)) for rule in self.synchronises)
         return next((Reason(name, text) for name, text in found if text), None)
 
+    def device_reasons(self, device: Device) -> tuple[Reason, ...]:
+        """Say why no call at all can run on `device`; empty means that some may."""
+        return tuple(self._device_reasons(device))
+
     def _device_reasons(self, device: Device) -> Iterator[Reason]:
         if self.platforms and device.platform not in self.platforms:
             yield Reason("platform", f"runs on {_words(self.platforms)}, not on {device.platform}")

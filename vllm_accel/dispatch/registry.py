@@ -58,9 +58,10 @@ class Broken:
 
     capability = Capability(dtypes=frozenset())
 
-    def __init__(self, name: str, error: BaseException) -> None:
+    def __init__(self, name: str, why: BaseException | Reason) -> None:
         self.name = name
-        self._reason = Reason("broken", f"its module does not import: {type(error).__name__}: {error}")
+        text = why if isinstance(why, Reason) else f"its module does not import: {type(why).__name__}: {why}"
+        self._reason = text if isinstance(text, Reason) else Reason("broken", text)
 
     def version(self) -> str | None:
         return None
@@ -129,6 +130,12 @@ def unregister_backend(op: str, name: str) -> None:
     plan.invalidate()
 
 
+def registered_at_run_time(op: str, name: str) -> bool:
+    """Tell whether `register_backend` added a backend, so that another process does not know it."""
+    entry = _entries.get((op, name))
+    return entry is not None and not isinstance(entry.source, (str, importlib.metadata.EntryPoint))
+
+
 def operations() -> tuple[str, ...]:
     """Name the operations that have backends."""
     return tuple(sorted({op for op, _ in BUILT_IN}))
@@ -145,6 +152,8 @@ def get(op: str, name: str) -> Backend:
     key = (op, name)
     if key in _loaded:
         return _loaded[key]
+    if key not in _entries:
+        _read_entry_points()
     source = _entries[key].source
     backend: Backend
     try:
@@ -159,6 +168,13 @@ def get(op: str, name: str) -> Backend:
         backend = Broken(name, error)
     with _lock:
         return _loaded.setdefault(key, backend)
+
+
+def condemn(op: str, name: str, text: str) -> None:
+    """Put a reason in the place of a backend for this process, so that nothing imports what would end or hang it."""
+    with _lock:
+        _loaded[(op, name)] = Broken(name, Reason("broken", text))
+    plan.invalidate()
 
 
 def ordered(op: str, shipped: tuple[str, ...]) -> tuple[str, ...]:

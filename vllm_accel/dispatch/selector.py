@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from vllm_accel.dispatch import measured, preference, quarantine, registry, warm
+from vllm_accel.dispatch import measured, preference, probed, quarantine, registry, warm
 from vllm_accel.dispatch.backend import Backend
 from vllm_accel.dispatch.capability import Capability, Guard, refusals
 from vllm_accel.dispatch.device import Device, is_local
@@ -58,9 +58,11 @@ def ranked(question: Question, current: Settings, *, everything: bool) -> Rankin
     triton_first = op == "attention" and current.use_triton and question.device.type == "cuda"
 
     def takes(name: str) -> bool:
-        capability = registry.get(op, name).capability
-        out = (op, name) in current.disabled or _static_reasons(capability, question)
-        return not out and _held_back(name, capability, question, current) is None
+        if (op, name) in current.disabled:
+            return False
+        backend = registry.get(op, name)
+        out = _static_reasons(backend.capability, question) or _found_broken(backend, question)
+        return not out and _held_back(name, backend.capability, question, current) is None
 
     def version_of(name: str) -> str | None:
         if question.assume_available:
@@ -92,6 +94,9 @@ def walk(question: Question, *, everything: bool, ranking: Ranking | None = None
 
 def _judge(name: str, question: Question, current: Settings, *, asked: bool, everything: bool) -> Verdict:
     op, spec, device = question.op, question.spec, question.device
+    disabled = Reason("disabled", "named in VLLM_ACCEL_DISABLED_BACKENDS")
+    if (op, name) in current.disabled:  # not even loaded: that may be why it is switched off
+        return Verdict(Candidate(name, State.DISABLED, (disabled,)), registry.Broken(name, disabled), ())
     backend = registry.get(op, name)
     capability = backend.capability
     guards: tuple[Guard, ...] = ()
@@ -99,8 +104,6 @@ def _judge(name: str, question: Question, current: Settings, *, asked: bool, eve
     def verdict(state: State, *reasons: Reason, version: str | None = None) -> Verdict:
         return Verdict(Candidate(name, state, reasons, version), backend, guards)
 
-    if (op, name) in current.disabled:
-        return verdict(State.DISABLED, Reason("disabled", "named in VLLM_ACCEL_DISABLED_BACKENDS"))
     if isinstance(backend, registry.Broken) and (broken := backend.unavailable_reason()):
         return verdict(State.UNAVAILABLE, broken)
     if reasons := _static_reasons(capability, question):
@@ -109,6 +112,8 @@ def _judge(name: str, question: Question, current: Settings, *, asked: bool, eve
     if not question.assume_available:
         if not everything and question.asked is None and (held := _held_back(name, capability, question, current)):
             return verdict(State.HELD_BACK, held)  # not worth importing a library for
+        if question.asked is None and (found := _found_broken(backend, question)):
+            return verdict(State.QUARANTINED, found)  # before its library is imported: that may be what fails
         try:
             missing, version = backend.unavailable_reason(), backend.version()
         except Exception as error:  # somebody else's backend may raise anything
@@ -132,7 +137,10 @@ def _judge(name: str, question: Question, current: Settings, *, asked: bool, eve
         if proven is False:
             text = "declares reproducible bits, but its bitwise self-test failed on this device"
             return verdict(State.UNSUPPORTED, Reason("self_test", text), version=version)
-    return Verdict(Candidate(name, State.ABLE, (), version, capability.remarks(spec)), backend, guards)
+    notes = capability.remarks(spec)
+    if found := _found_broken(backend, question):  # asked for by name
+        notes += (found.text,)
+    return Verdict(Candidate(name, State.ABLE, (), version, notes), backend, guards)
 
 
 def _static_reasons(capability: Capability, question: Question) -> tuple[Reason, ...]:
@@ -142,6 +150,13 @@ def _static_reasons(capability: Capability, question: Question) -> tuple[Reason,
     if question.capturing and (waits := capability.waits_for_device(question.spec, question.device)):
         reasons += (Reason("capture", f"{waits.text}: not possible while a CUDA graph is captured"),)
     return reasons
+
+
+def _found_broken(backend: Backend, question: Question) -> Reason | None:
+    """Say what the doctor's probe found wrong with a backend; nothing is known about a device that is not here."""
+    if question.assume_available:
+        return None
+    return probed.reason_for(question.op, backend, question.spec, question.device)
 
 
 def _held_back(name: str, capability: Capability, question: Question, current: Settings) -> Reason | None:
