@@ -7,8 +7,10 @@
 
 # The package of adapters must be loaded before the function `backends` below takes its name: the import system would
 # put the package over the function when the first adapter is imported.
-import vllm_accel.backends  # noqa: F401
+import vllm_accel.backends
+import vllm_accel.cublas  # noqa: F401
 from vllm_accel.dispatch.device import Device
+from vllm_accel.dispatch.gemm_spec import Scaling
 from vllm_accel.dispatch.override import use_backend
 from vllm_accel.dispatch.registry import names as _names
 from vllm_accel.dispatch.registry import register_backend
@@ -25,6 +27,7 @@ from vllm_accel.ops.merge import merge_attention
 from vllm_accel.ops.mla import attention_mla
 from vllm_accel.ops.module import Attention
 from vllm_accel.ops.paged import attention_paged
+from vllm_accel.ops.quantize import quantize_fp8, quantize_int8
 from vllm_accel.ops.warmup import warmup
 from vllm_accel.ops.write_kv import write_kv
 
@@ -39,6 +42,7 @@ __all__ = [
     "Device",
     "PagedKVCache",
     "Reason",
+    "Scaling",
     "Selection",
     "State",
     "UnsupportedCallError",
@@ -52,6 +56,8 @@ __all__ = [
     "gemm",
     "grouped_gemm",
     "merge_attention",
+    "quantize_fp8",
+    "quantize_int8",
     "register_backend",
     "reload_settings",
     "scaled_gemm",

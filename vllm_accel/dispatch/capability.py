@@ -59,6 +59,7 @@ class Capability:
         per_shape_cost: builds something for every exact shape, so it is not for work whose lengths change.
         rules, guards: limits on combinations, and on exact sizes.
         notes: remarks on calls that it runs, for example that it copies. size_notes: the same, of exact sizes.
+        device_notes: the same, of a kind of call on a device.
         synchronises: kinds of calls in which it reads device values on the host; automatic choice passes those over,
             and they are refused while a CUDA graph is captured.
     """
@@ -79,6 +80,7 @@ class Capability:
     guards: tuple[Guard, ...] = field(default=())
     notes: tuple[Note, ...] = ()
     size_notes: tuple[Guard, ...] = ()
+    device_notes: tuple[Rule, ...] = ()
     synchronises: tuple[Rule, ...] = ()
 
     def unsupported_reasons(self, spec: Any, device: Device) -> tuple[Reason, ...]:
@@ -94,9 +96,11 @@ class Capability:
         features = getattr(spec, "features", _NOTHING)
         return tuple(note.text for note in self.notes if not note.features & ~features)
 
-    def size_remarks(self, spec: Any, sizes: Any) -> tuple[str, ...]:
-        """Return what a user should know of a call of exactly these sizes on this backend."""
-        return tuple(reason.text for reason in refusals(self.size_notes, spec, sizes))
+    def exact_remarks(self, spec: Any, sizes: Any, device: Device) -> tuple[str, ...]:
+        """Return what a user should know of a call of exactly these sizes on this device."""
+        found = (note.check(spec, device) for note in self.device_notes)
+        sized = (reason.text for reason in refusals(self.size_notes, spec, sizes))
+        return (*(text for text in found if text), *sized)
 
     def waits_for_device(self, spec: Any, device: Device) -> Reason | None:
         """Say why calls of this kind wait for the device, None where they do not."""

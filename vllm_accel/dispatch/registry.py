@@ -35,6 +35,9 @@ BUILT_IN: dict[tuple[str, str], str] = {
     ("attention", "tensorrt_llm"): "vllm_accel.backends.tensorrt_llm:BACKEND",
     ("attention", "gluon_hopper"): "vllm_accel.backends.gluon_hopper:BACKEND",
     ("gemm", "reference"): "vllm_accel.backends.gemm.reference:BACKEND",
+    ("gemm", "cublas"): "vllm_accel.backends.gemm.cublas:BACKEND",
+    ("gemm", "torch_grouped"): "vllm_accel.backends.gemm.torch_grouped:BACKEND",
+    ("gemm", "cpu"): "vllm_accel.backends.gemm.cpu:BACKEND",
 }
 
 ALIASES = {"naive": "reference"}

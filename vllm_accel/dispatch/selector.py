@@ -204,7 +204,8 @@ def select(question: Question, sizes: Any = None) -> Selection:
                 chosen = candidate.name
                 candidate = replace(candidate, state=State.CHOSEN)
         if candidate.state in (State.CHOSEN, State.ABLE):
-            remarks = registry.get(question.op, candidate.name).capability.size_remarks(question.spec, sizes)
+            capability = registry.get(question.op, candidate.name).capability
+            remarks = capability.exact_remarks(question.spec, sizes, question.device)
             candidate = replace(candidate, notes=(*candidate.notes, *remarks))
         if failure := ranking.failed.get(candidate.name):
             candidate = replace(candidate, notes=(*candidate.notes, f"failed when it was measured: {failure}"))

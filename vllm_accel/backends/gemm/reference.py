@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from vllm_accel.backends.gemm.groups import by_group, spread
+from vllm_accel.backends.gemm.products import WORKSPACE
 from vllm_accel.dispatch.backend import GemmArgs, TorchBackend
-from vllm_accel.dispatch.capability import Guard
+from vllm_accel.dispatch.capability import Rule
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.gemm_capability import FLOATS, FP8, PLAIN_FEATURES, UNSCALED, GemmCapability
-from vllm_accel.dispatch.gemm_spec import Form, GemmSizes, GemmSpec, Scaling
+from vllm_accel.dispatch.gemm_spec import Form, GemmSpec, Scaling
 from vllm_accel.dispatch.offsets import group_of_rows
 from vllm_accel.dispatch.spec import Feature
 
@@ -24,9 +25,9 @@ _FACTORS = tuple(scaling for scaling in Scaling if scaling is not Scaling.NONE)
 _TILE = 64
 
 
-def _every_group(spec: GemmSpec, sizes: GemmSizes) -> str | None:
-    if spec.form in (Form.GROUPED_M, Form.GROUPED_K) and sizes.groups != 1:
-        return "on a GPU it multiplies all rows once for every group, and masks; on a CPU only each group's own"
+def _every_group(spec: GemmSpec, device: Device) -> str | None:
+    if device.type == "cuda" and spec.form in (Form.GROUPED_M, Form.GROUPED_K):
+        return f"multiplies all rows once for each of {spec.groups} groups, and masks"
     return None
 
 
@@ -41,7 +42,8 @@ class ReferenceGemm(TorchBackend):
         forms=FORMS,
         scalings=frozenset({UNSCALED, *((x, y) for x in _FACTORS for y in _FACTORS)}),
         features=PLAIN_FEATURES | Feature.DETERMINISTIC | Feature.BATCH_INVARIANT,
-        size_notes=(Guard("masks", _every_group),),
+        rules=(WORKSPACE,),
+        device_notes=(Rule("masks", _every_group),),
     )
 
     def bind(self, spec: GemmSpec, device: Device) -> ReferenceGemmKernel:

@@ -1,0 +1,56 @@
+"""Every backend of matrix products that runs on this machine's CPU, through the public call, against the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_accel import UnsupportedCallError, explain
+from vllm_accel.ops import gemm as gemm_ops
+from vllm_accel.testing import GEMM_CASES, GemmCase, check_gemm_call
+from vllm_accel.testing.conformance_gemm import public_call
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+BACKENDS = ("reference", "cpu", "torch_grouped")
+#: What each backend refuses on this CPU; anything else is a regression.
+REFUSED = {
+    "reference": set(),
+    "cpu": {"dense_invariant", "rows_invariant"},
+    "torch_grouped": {
+        case.name
+        for case in GEMM_CASES
+        if not case.grouped or case.scaling or case.wide or "batch_invariant" in case.options
+    },
+}
+
+
+def _takes(case: GemmCase, dtype: torch.dtype) -> bool:
+    """Tell whether a case exists in a dtype: fp64 is never the result of quantised or 16-bit operands."""
+    return not (dtype is torch.float64 and (case.scaling or case.wide)) and not (dtype is torch.float32 and case.wide)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_case(backend: str, dtype: str) -> None:
+    for case in GEMM_CASES:
+        if not _takes(case, DTYPES[dtype]):
+            continue
+        call = public_call(case, backend=backend)
+        if case.name in REFUSED[backend] or (backend == "torch_grouped" and dtype == "fp64"):
+            _refuses(case, backend, DTYPES[dtype])
+        else:
+            check_gemm_call(call, case, dtype=DTYPES[dtype])
+
+
+def _refuses(case: GemmCase, backend: str, dtype: torch.dtype) -> None:
+    inputs = case.make(dtype)
+    fn = gemm_ops.scaled_gemm if case.scaling else gemm_ops.grouped_gemm if case.grouped else gemm_ops.gemm
+    shown = explain(fn, inputs.a, inputs.b, **inputs.kwargs)[backend]
+    with pytest.raises(UnsupportedCallError) as refusal:
+        public_call(case, backend=backend)(inputs.a, inputs.b, **inputs.kwargs)
+    assert refusal.value.reasons[backend] == shown.reasons and shown.reasons
+
+
+def test_automatic_choice_runs_everything() -> None:
+    for case in GEMM_CASES:
+        check_gemm_call(public_call(case), case, dtype=torch.bfloat16, seed=3)
