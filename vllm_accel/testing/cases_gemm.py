@@ -141,7 +141,6 @@ def _laid_out(t: Tensor, layout: Layout) -> Tensor:
 
 
 _UNEVEN = (5, 0, 17, 1, 9)
-_BLOCKS = {"m": 70, "n": 150, "k": 300}
 
 GEMM_CASES: tuple[GemmCase, ...] = (
     GemmCase("dense", ""),
@@ -183,8 +182,8 @@ GEMM_CASES: tuple[GemmCase, ...] = (
     GemmCase("fp8_tensor", "", scaling=("tensor", "tensor"), bias=True),
     GemmCase("fp8_row", "", scaling=("row", "row"), bias=True),
     GemmCase("fp8_row_tensor", "", scaling=("row", "tensor")),
-    GemmCase("fp8_1x128", "both by blocks of K", scaling=("1x128", "1x128"), **_BLOCKS),
-    GemmCase("fp8_block", "DeepSeek-V3's weights", scaling=("1x128", "128x128"), bias=True, **_BLOCKS),
+    GemmCase("fp8_1x128", "both by blocks of K", scaling=("1x128", "1x128"), m=70, n=150, k=300),
+    GemmCase("fp8_block", "DeepSeek-V3's weights", scaling=("1x128", "128x128"), bias=True, m=70, n=150, k=300),
     GemmCase("fp8_block_a", "", scaling=("128x128", "1x128"), m=270, n=40, k=130),
     GemmCase("fp8_odd", "K and N off 16", scaling=("row", "row"), m=19, n=29, k=37, bias=True),
     GemmCase("fp8_wide", "", scaling=("tensor", "tensor"), wide=True, bias=True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -66,10 +68,10 @@ def product_oracle(
         return torch.stack([plus(part, None if bias is None else bias[e]) for e, part in enumerate(parts)])
     ends = [0, *offs.tolist()]
     if b.dim() == 2:
-        return torch.stack([a[:, s:t].to(dtype) @ b[s:t].to(dtype) for s, t in zip(ends[:-1], ends[1:], strict=True)])
+        return torch.stack([a[:, s:t].to(dtype) @ b[s:t].to(dtype) for s, t in itertools.pairwise(ends)])
     parts = [
         plus(of_a(slice(s, t), None) @ of_b(e), None if bias is None else bias[e])
-        for e, (s, t) in enumerate(zip(ends[:-1], ends[1:], strict=True))
+        for e, (s, t) in enumerate(itertools.pairwise(ends))
     ]
     rest = torch.zeros(a.shape[0] - ends[-1], b.shape[-1], dtype=dtype, device=a.device)
     return torch.cat([*parts, rest])

@@ -77,9 +77,7 @@ def _row_problem(shape: tuple[int, ...], stride: tuple[int, ...], size: int) -> 
         return f"strides {stride} are not contiguous in the dimension that has to be"
     for step, count in zip(stride[:-1], shape[:-1], strict=True):
         if step * size % BYTES and count > 1:
-            return (
-                f"a stride of {step * size} bytes is not a multiple of 16; steps of {BYTES // size} elements would be"
-            )
+            return f"a stride of {step * size} bytes is not a multiple of 16; {BYTES // size} elements are"
     if stride[-2] < shape[-1] or stride[-2] * size % BYTES:
         return "rows overlap or start off 16-byte multiples"
     return ""
