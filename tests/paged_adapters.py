@@ -153,6 +153,7 @@ _FINITE: dict[str, Any] = {"finite": True}
 _FEW = frozenset({"decode", "decode_gap", "no_keys", "mixed", "speculative", "sinks_tail", "window_causal",
                   "cross_causal", "cross_open_right", "scale", "softcap", "head_256", "alibi"})  # fmt: skip
 
+_SDPA = _NEVER | _ALIBI | _FACTORS | _INT8 | {"softcap", "fp8_wide"} | (_MLA - {"mla_small"})
 _FMHA = _NEVER | _ALIBI | {"softcap", "mla_window"}
 _WINDOWS = {"window", "window_decode", "window_zero", "decode_gap_window", "speculative_right", "cross_open_right"}
 
@@ -160,6 +161,7 @@ ADAPTERS = {
     "xformers": Adapter("xformers", "xformers", "h100", frozenset(_FMHA | _WINDOWS)),
     "xformers_t4": Adapter("xformers", "xformers", "t4", frozenset(_FMHA | _WINDOWS), dtype=FP16,
                            only=_FEW | _MLA | _INT8),
+    "sdpa": Adapter("sdpa_flash", "aten", "a100", frozenset(_SDPA), {"block_size": 256}),
     "fa2": Adapter("flash_attn_2", "flash_attn_2", "a100", frozenset(_FLASH), {"block_size": 256}),
     "fa3": Adapter("flash_attn_3", "flash_attn_3", "h100", frozenset(_FLASH | _ALIBI), _FINITE),
     "fa3_old": Adapter("flash_attn_3", "flash_attn_3_old", "h100", frozenset(_FLASH | _ALIBI), _FINITE, only=_FEW),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vllm_accel import attention, attention_varlen, merge_attention
+from vllm_accel.ops.fused import Fused
 from vllm_accel.testing.oracle import attention_oracle, merge_oracle
+
+merge = importlib.import_module("vllm_accel.ops.merge")
 
 
 def _parts(cuts: tuple[int, ...], dtype: torch.dtype = torch.float32, grad: bool = False):
@@ -98,6 +103,34 @@ def test_packed_parts_and_the_oracle() -> None:
     got = merge_attention([p[0] for p in parts], [p[1] for p in parts])
     want = merge_oracle([p[0] for p in parts], [p[1] for p in parts])
     assert all((a - b).abs().max() < 1e-6 for a, b in zip(got, want, strict=True))
+
+
+def test_one_launch_where_our_kernel_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As if the CPU were a GPU: which calls the fused kernel gets, and what happens when it fails."""
+    kernel, seen = Fused("merge_attention", "merge_launch"), []
+
+    def merged(outs: list[torch.Tensor], lses: list[torch.Tensor], sinks: torch.Tensor | None) -> tuple:
+        seen.append((len(outs), sinks))
+        if len(seen) == 3:
+            raise RuntimeError("no image")
+        return merge_oracle(outs, lses, sinks=sinks)
+
+    launcher = SimpleNamespace(merge=merged, DTYPES={torch.float32, torch.bfloat16})
+    monkeypatch.setattr(kernel, "launcher", lambda tensors, kind: None if kernel.failed else launcher)
+    monkeypatch.setattr(merge, "_kernel", kernel)
+    (q, k, v), outs, lses = _parts((0, 4, 9))
+    want, want_lse = attention_oracle(q, k, v)
+    for sinks in (None, torch.zeros(4)):
+        merge_attention(outs, lses, sinks=sinks)
+    assert [(n, sinks is None) for n, sinks in seen] == [(2, True), (2, False)]
+    for _ in range(2):  # the third launch fails, and there is no fourth
+        out, lse = merge_attention(outs, lses)
+        assert (out - want).abs().max() < 1e-5 and (lse - want_lse).abs().max() < 1e-5
+    assert len(seen) == 3 and caplog.text.count("no image") == 1
+    kernel.failed = None
+    merge_attention([t.double() for t in outs], [t.double() for t in lses])
+    merge_attention([t.clone().requires_grad_() for t in outs], lses)
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize(

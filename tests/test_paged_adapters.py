@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from paged_adapters import ADAPTERS, BF16, CASES, FP16, Adapter
-from vllm_accel.backends import flashinfer, flashinfer_paged, flashinfer_workspace, paged_rows, tensorrt_llm_paged
+from vllm_accel.backends import aten, flashinfer, flashinfer_paged, flashinfer_workspace, paged_rows, tensorrt_llm_paged
 from vllm_accel.dispatch.backend import PagedArgs
 from vllm_accel.testing import PagedCase, attention_paged_oracle, paged_kernel_call
 
@@ -302,6 +302,22 @@ def attribute(module: str, name: str, value: Any) -> Mutation:
     return mutate
 
 
+def operator(**changes: Any) -> Mutation:
+    """Change what PyTorch's operator is given, where it is given that."""
+
+    def between(name: str) -> Callable[..., Any]:
+        real = getattr(torch.ops.aten, name).default
+
+        def call(**kwargs: Any) -> Any:
+            for key, value in changes.items():
+                kwargs[key] = value(kwargs[key]) if callable(value) else value
+            return real(**kwargs)
+
+        return call
+
+    return attribute("aten", "operator", between)
+
+
 def same(x: Any, *_: Any, **__: Any) -> Any:
     return x
 
@@ -325,7 +341,7 @@ def every_row_sees_the_end(args: PagedArgs, tokens: int) -> paged_rows.Rows:
 
 def everywhere(rows: Any) -> Mutation:
     def mutate(monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in ("flash_attn_2_paged", "flashinfer_paged", "tensorrt_llm_paged"):
+        for module in ("flash_attn_2_paged", "sdpa_flash_paged", "flashinfer_paged", "tensorrt_llm_paged"):
             attribute(module, "per_row", rows)(monkeypatch)
 
     return mutate
@@ -351,10 +367,11 @@ def of_all(self: Any, value: Any) -> Any:
     return value if value.dim() < 2 else value[torch.arange(len(self.used)) % value.shape[0]]
 
 
+SDPA = "sdpa_flash_paged"
 FA2, FA3, FA4 = "flash_attn_2_paged", "flash_attn_3_paged", "flash_attn_4_paged"
 FI, TRT = "flashinfer_paged", "tensorrt_llm_paged"
 FLASH = ("fa2", "fa3", "fa3_old", "fa4_sm90", "fa4_sm100")
-OVER_ROWS = ("fa2", "flashinfer", "xqa", "xqa_sm120", "gen")
+OVER_ROWS = ("fa2", "sdpa", "flashinfer", "xqa", "xqa_sm120", "gen")
 THREE, FOUR = ("fa3", "fa3_old"), ("fa4_sm90", "fa4_sm100")
 GPUS = ("xqa", "xqa_sm120", "gen", "gen_out")
 
@@ -381,6 +398,16 @@ TABLE: tuple[tuple[tuple[str, ...], str, Mutation, str], ...] = (
     (("fa2",), "the window of a decode is dropped", passes("kvcache", window_size=(-1, -1)), "window_decode"),
     (("fa2",), "causal decode takes the kernel with a shift", passes("kvcache", causal=True), "decode_alibi"),
     (("fa2",), "the slopes are those of other rows", attribute("paged_rows", "Rows.of", of_all), "decode_gap_alibi"),
+    (("sdpa",), "causal is dropped", operator(is_causal=False), "prefill"),
+    (("sdpa",), "the caller's scale is dropped", operator(scale=None), "scale"),
+    (("sdpa",), "a window is dropped", operator(window_size_left=None), "window_causal"),
+    (("sdpa",), "the right side is dropped", operator(window_size_right=None), "speculative_right"),
+    (("sdpa",), "lengths are dropped", operator(seqused_k=lambda used: torch.full_like(used, 3)), "decode"),
+    (("sdpa",), "+inf is kept", attribute(FA2, "empty_rows_to_minus_inf", same), "mixed"),
+    (("sdpa",), "the sinks are not folded in", attribute(FA2, "fold_sinks", no_sinks), "sinks"),
+    (("sdpa",), "sinks of rows of no sequence", attribute(FA2, "clear_past_end", same), "decode_gap_sinks"),
+    (("sdpa",), "rows of no sequence are left", attribute(SDPA, "clear_past_end", same), "tail"),
+    (("sdpa",), "the open side is cut", attribute(SDPA, "longest_k", lambda a: a.max_seqlen_k), "cross_open_right"),
     (OVER_ROWS, "row b is sequence b", everywhere(row_b_is_sequence_b), "decode_gap"),
     (OVER_ROWS, "rows of no sequence have keys", everywhere(rows_of_none_have_keys), "decode_gap"),
     (("flashinfer",), "every row sees the end", everywhere(every_row_sees_the_end), "speculative"),
@@ -412,8 +439,15 @@ TABLE: tuple[tuple[tuple[str, ...], str, Mutation, str], ...] = (
     (("gen",), "the MLA log-sum-exp is of base e", passes("mla", return_lse_base="basee"), "mla"),
 )  # fmt: skip
 
+#: A torch without block tables copies instead, and the conversions are those of packed calls, tested elsewhere.
+NO_BLOCK_TABLE = pytest.mark.skipif(
+    "block_table" not in aten.parameters("_flash_attention_forward"),
+    reason=f"the operator of torch {torch.__version__} takes no block table",
+)
 PARAMETERS = [
-    pytest.param(name, mutation, case, id=f"{name}-{what}") for names, what, mutation, case in TABLE for name in names
+    pytest.param(name, mutation, case, id=f"{name}-{what}", marks=NO_BLOCK_TABLE if name == "sdpa" else ())
+    for names, what, mutation, case in TABLE
+    for name in names
 ]
 
 

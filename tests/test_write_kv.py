@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from vllm_accel import write_kv
+from vllm_accel.ops.fused import Fused
 from vllm_accel.ops.write_kv import without_skipped
 
 module = importlib.import_module("vllm_accel.ops.write_kv")  # the package has the function under this name
@@ -100,6 +103,14 @@ def test_what_a_gpu_writes_for_skipped_tokens(slots: list[int]) -> None:
         assert torch.equal(written.view_as(cache), _want(k, torch.float32, None, slots))
 
 
+def launched(write: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Fused:
+    """Return what stands for our kernel, as if the CPU were a GPU that it runs on."""
+    kernel = Fused("write_kv", "kv_write_launch")
+    module = SimpleNamespace(write_kv=write, DTYPES=set(DTYPES), CACHE_DTYPES=set(DTYPES))
+    monkeypatch.setattr(kernel, "launcher", lambda tensors, kind: None if kernel.failed else module)
+    return kernel
+
+
 @pytest.mark.parametrize("mla", [False, True])
 def test_a_fused_kernel_gets_the_forms_that_it_takes(mla: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
@@ -111,7 +122,7 @@ def test_a_fused_kernel_gets_the_forms_that_it_takes(mla: bool, monkeypatch: pyt
                 assert new.dim() == 3 and cache.dim() == 4 and new.stride(-1) == 1 and slots.is_contiguous()
                 cache.copy_(_want(new, cache.dtype, scale).to(cache.dtype))
 
-    monkeypatch.setattr(module, "_launcher", lambda k, k_cache: fused)
+    monkeypatch.setattr(module, "_kernel", launched(fused, monkeypatch))
     k, v = (t.mT.contiguous().mT for t in _kv())
     k_cache, v_cache = _caches(torch.float8_e4m3fn, head_major=True)
     slots = torch.tensor(SLOTS).repeat_interleave(2)[::2]
@@ -129,8 +140,7 @@ def test_a_fused_kernel_that_fails_is_left(monkeypatch: pytest.MonkeyPatch, capl
     def fused(*tensors: Any) -> None:
         raise RuntimeError("no image")
 
-    monkeypatch.setattr(module, "_launcher", lambda k, k_cache: None if module._failed else fused)
-    monkeypatch.setattr(module, "_failed", [])
+    monkeypatch.setattr(module, "_kernel", launched(fused, monkeypatch))
     k, v = _kv()
     for _ in range(2):
         k_cache, v_cache = _caches(torch.float32)

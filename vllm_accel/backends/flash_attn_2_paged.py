@@ -35,12 +35,7 @@ class FlashAttn2Paged:
         """Return out and lse (None unless needed)."""
         q, k_cache, v_cache = aligned(q), aligned(k_cache), aligned(v_cache)
         attend = self._decode if args.max_seqlen_q == 1 else self._prefill
-        out, lse = attend(q, k_cache, v_cache, args)
-        if not args.need_lse and args.sinks is None:
-            return out.contiguous(), None
-        out, lse = fold_sinks(out, empty_rows_to_minus_inf(lse), args.sinks)
-        # Rows of no sequence have no sink either.
-        return out.contiguous(), clear_past_end(lse.contiguous(), args.cu_seqlens_q, float("-inf"), dim=-1)
+        return finished(*attend(q, k_cache, v_cache, args), args)
 
     def _decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, args: PagedArgs) -> tuple[Tensor, Tensor]:
         rows = per_row(args, q.shape[0])
@@ -68,6 +63,15 @@ class FlashAttn2Paged:
         if args.alibi_slopes is not None and (args.need_lse or args.sinks is not None):
             lse = empty_rows_to_minus_inf(lse) - _alibi_lse_shift(args, args.alibi_slopes, lse.shape[-1])
         return out, lse
+
+
+def finished(out: Tensor, lse: Tensor, args: PagedArgs) -> tuple[Tensor, Tensor | None]:
+    """Turn the +inf of rows without keys into -inf, and add the sinks."""
+    if not args.need_lse and args.sinks is None:
+        return out.contiguous(), None
+    out, lse = fold_sinks(out, empty_rows_to_minus_inf(lse), args.sinks)
+    # Rows of no sequence have no sink either.
+    return out.contiguous(), clear_past_end(lse.contiguous(), args.cu_seqlens_q, float("-inf"), dim=-1)
 
 
 def _alibi_lse_shift(args: PagedArgs, slopes: Tensor, tokens: int) -> Tensor:

@@ -21,10 +21,10 @@ from vllm_accel.dispatch.spec import AttentionSpec, Feature
 
 KV_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.int8})
 _DESCALES = Feature.K_DESCALE | Feature.V_DESCALE
-_COPY = Note(Feature.PAGED, "copies keys and values out of the cache at every call")
+COPY = "copies keys and values out of the cache at every call"
 
 
-def with_gather(capability: Capability) -> Capability:
+def with_gather(capability: Capability, note: str = COPY) -> Capability:
     """Return the capability of a backend whose packed kernel also serves paged calls, over copies.
 
     Its rules and guards judge a paged call by the packed call that it becomes. Factors of the cache are applied by the
@@ -39,7 +39,7 @@ def with_gather(capability: Capability) -> Capability:
         kv_dtypes=KV_DTYPES,
         rules=(*(_of_packed(rule) for rule in capability.rules), *descales),
         guards=tuple(_of_packed(guard) for guard in capability.guards),
-        notes=(*capability.notes, _COPY),
+        notes=(*capability.notes, Note(Feature.PAGED, note)),
     )
 
 

@@ -19,8 +19,9 @@ from vllm_accel.backends import aten
 from vllm_accel.backends import flash_attn_rules as rules
 from vllm_accel.backends.convert import empty_rows_to_minus_inf
 from vllm_accel.backends.flash_kernel import FlashCall, FlashKernel
-from vllm_accel.backends.gather import serve_paged, with_gather
-from vllm_accel.dispatch.backend import AttentionArgs, TorchBackend
+from vllm_accel.backends.gather import COPY, serve_paged, with_gather
+from vllm_accel.backends.sdpa_flash_paged import SdpaFlashPaged, reads_blocks
+from vllm_accel.dispatch.backend import AttentionArgs, PagedKernel, TorchBackend
 from vllm_accel.dispatch.capability import Capability, Rule
 from vllm_accel.dispatch.device import KIB, Device
 from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation, feature_names
@@ -108,7 +109,8 @@ class SdpaFlashBackend(TorchBackend):
                 rules.GRID_HEADS,
             ),
             guards=(rules.GRID_BATCH,),
-        )
+        ),
+        f"{COPY}, but for blocks of a multiple of 256 tokens where torch's operator takes a block table (2.13 does)",
     )
 
     def unavailable_reason(self) -> Reason | None:
@@ -117,9 +119,16 @@ class SdpaFlashBackend(TorchBackend):
             "FlashAttention kernels", getattr(torch.backends.cuda, "is_flash_attention_available", None)
         )
 
+    def bind(self, spec: AttentionSpec, device: Device) -> FlashKernel | PagedKernel:
+        """Return the kernel over aten's operators, with copies of a paged cache where they do not read its blocks."""
+        if Feature.PAGED in spec.features and reads_blocks(spec, device):
+            return SdpaFlashPaged()
+        kernel: FlashKernel | PagedKernel = self._packed(spec, device)
+        return kernel
+
     @serve_paged
-    def bind(self, spec: AttentionSpec, device: Device) -> FlashKernel:
-        """Return the kernel over aten's operators; a short way forward where one call of the operator does it all."""
+    def _packed(self, spec: AttentionSpec, device: Device) -> FlashKernel:
+        """Return the kernel of dense and packed calls; a short way forward where one call of the operator does it."""
         launch = AtenFlash(device.platform == "rocm")
         if spec.features & _CONVERTED or spec.head_dim % 8:
             return FlashKernel(launch, small_memory(device))

@@ -186,7 +186,8 @@ class PagedKVCache:
         slots = block * self.block_size + place % self.block_size
         ends, table, used, slots = (t.to(self.device, non_blocking=True) for t in (ends, table, used, slots))
         longest = max((entry.length for entry in batch), default=0)
-        return CacheStep(self, ends, max(counts, default=0), table, used, longest, slots)
+        common = self._pool.common(batch, counts)
+        return CacheStep(self, ends, max(counts, default=0), table, used, longest, slots, prefix_blocks=common)
 
     def _scale(self, name: str, scale: float | Tensor | None) -> Tensor | None:
         if scale is None:

@@ -98,6 +98,15 @@ class BlockPool:
                 self._take(entry)
         return copies
 
+    def common(self, batch: Sequence[Entry], counts: Sequence[int]) -> int:
+        """Count the blocks at the start that all sequences of a step share, full and before any of their new tokens."""
+        if len(batch) < 2 or batch[0].blocks[:1] != batch[1].blocks[:1]:
+            return 0
+        full = min(entry.length - count for entry, count in zip(batch, counts, strict=True)) // self.block_size
+        # Between the first and the last in the order of their blocks lie all others.
+        low, high = (choose(entry.blocks[:full] for entry in batch) for choose in (min, max))
+        return next((n for n, (a, b) in enumerate(zip(low, high, strict=True)) if a != b), full)
+
     def _needed(self, batch: Sequence[Entry], counts: Sequence[int]) -> int:
         """Count the blocks that growing takes, copies of shared ones included."""
         needed = 0

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vllm_accel.ops.fused import Fused
+
+_kernel = Fused("merge_attention", "merge_launch")
+
 
 def merge_attention(
     outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor, *, sinks: Tensor | None = None
@@ -43,6 +47,8 @@ def merge_attention(
     heads = parts[0].shape[-2]
     if sinks is not None and tuple(sinks.shape) != (heads,):
         raise ValueError(f"sinks must have shape ({heads},); got {tuple(sinks.shape)}")
+    if (fused := _fused(parts, logs, sinks)) is not None:
+        return fused
     dtype = torch.float64 if parts[0].dtype is torch.float64 else torch.float32
     stacked = torch.stack([lse.to(dtype) for lse in logs])
     if sinks is not None:
@@ -59,6 +65,21 @@ def merge_attention(
         )
         merged = merged + weight.transpose(-1, -2).unsqueeze(-1) * out.to(dtype)
     return merged.to(parts[0].dtype), merged_lse
+
+
+def _fused(parts: list[Tensor], logs: list[Tensor], sinks: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Merge in one launch where our kernel runs: on a GPU, without gradients, outside of torch.compile."""
+    given = (*parts, *logs) if sinks is None else (*parts, *logs, sinks)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        return None
+    kind = (len(parts), parts[0].shape[-1], sinks is not None, tuple([t.dtype for t in given]))
+    triton = _kernel.launcher(given, kind)
+    if triton is None or not parts[0].numel() or any(t.dtype not in triton.DTYPES for t in given):
+        return None
+    result: tuple[tuple[Tensor, Tensor]] | None = _kernel.run(
+        lambda: triton.merge(parts, logs, sinks), parts[0].device, kind
+    )
+    return None if result is None else result[0]
 
 
 def _logsumexp(stacked: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,32 @@ from torch import Tensor
 from vllm_accel.ops.merge import merge_attention
 from vllm_accel.ops.paged import attention_paged
 from vllm_accel.ops.run import Result
+
+#: What reading the prefix once must save, in bytes, for the second call and the merge to be worth it. CPU: 24 to 48 MiB
+#: broke even, 60 to 240 MiB gave 1.0x to 4.7x (decode, batches of 2 to 16 after 64 to 4096 tokens, bf16 and fp32, 8/8
+#: heads of 64 and 32/8 of 128; 2-core x86-64 with AVX2, one thread, 2026-11-27, `python -m benchmarks.shared_prefix`).
+#: GPUs: about 60 us of launches at 3.4 TB/s are 200 MB, doubled since a chip's cache already saves some of the reads;
+#: reckoned from data sheets, not measured.
+MIN_SAVED = {"cpu": 64 << 20, "cuda": 512 << 20}
+#: Query rows a key (tokens a sequence x query heads a key head) up to which a call waits for memory and not for
+#: arithmetic, so that bytes saved are time saved: about half of what the machines do in a byte's time.
+MAX_ROWS = {"cpu": 8, "cuda": 64}
+
+
+def pays(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, prefix_tokens: int, batch: int, options: dict[str, Any]
+) -> bool:
+    """Tell whether attending to a common prefix once is possible, and worth its second call and its merge.
+
+    The prefix's keys and values are read once instead of `batch` times. Depends on shapes, dtypes and the kind of
+    device alone, so the same call is always answered alike.
+    """
+    kind = q.device.type
+    if batch < 2 or not prefix_tokens or kind not in MIN_SAVED or refusal(options):
+        return False
+    bytes_per_token = k_cache.shape[2] * (k_cache.shape[3] + v_cache.shape[3]) * k_cache.element_size()
+    rows = math.ceil(q.shape[0] / batch) * (q.shape[1] // k_cache.shape[2])
+    return rows <= MAX_ROWS[kind] and (batch - 1) * prefix_tokens * bytes_per_token >= MIN_SAVED[kind]
 
 
 def attention_shared_prefix(
@@ -31,8 +58,8 @@ def attention_shared_prefix(
 
     All queries together attend to the prefix, without a mask, as if they were one sequence; then each to the rest of
     its own; the two are merged by their log-sum-exps. The keys and values of the prefix are read once instead of once a
-    sequence: that saves ``(B - 1) * prefix bytes`` of memory traffic, and costs a second launch and a merge of about a
-    dozen small kernels. So it pays for large batches over long prompts, and the caller says when.
+    sequence: that saves ``(B - 1) * prefix bytes`` of memory traffic, and costs a second call and a merge. So it pays
+    for large batches over long prompts: `pays` says when, and `CacheStep.attend` asks it.
 
     Args:
         prefix_blocks: how many blocks at the start of every row of block_table are the same, and full. Every sequence
@@ -47,7 +74,8 @@ def attention_shared_prefix(
         ValueError: an option that does not split. On the CPU also rows that do not share the prefix.
         As `attention_paged`.
     """
-    _check_options(options)
+    if text := refusal(options):
+        raise ValueError(text)
     length = prefix_blocks * k_cache.shape[1]
     batch = seqused_k.shape[0]
     if not 0 <= prefix_blocks <= block_table.shape[1] or length > max_seqlen_k:
@@ -80,15 +108,17 @@ def attention_shared_prefix(
     return (out, lse) if return_lse else out
 
 
-def _check_options(options: dict[str, Any]) -> None:
+def refusal(options: dict[str, Any]) -> str | None:
+    """Say which option of `attention_paged` cannot be split, None if all can."""
     for name in ("q_descale", "k_descale", "v_descale"):
         factor = options.get(name)
         if isinstance(factor, Tensor) and factor.dim() == 2:
-            raise ValueError(f"{name} differs by sequence, and a shared prefix is one for all; pass a scalar or (Hkv,)")
+            return f"{name} differs by sequence, and a shared prefix is one for all; pass a scalar or (Hkv,)"
     if options.get("alibi_slopes") is not None or tuple(options.get("window_size", (-1, -1))) != (-1, -1):
-        raise ValueError("windows and ALiBi count positions from a part's own last key: a shared prefix has neither")
+        return "windows and ALiBi count positions from a part's own last key: a shared prefix has neither"
     if options.get("batch_invariant"):
-        raise ValueError("batch_invariant: where a sequence is split would depend on what else is in the batch")
+        return "batch_invariant: where a sequence is split would depend on what else is in the batch"
+    return None
 
 
 def _check_values(prefix: Tensor, cu_seqlens_q: Tensor, seqused_k: Tensor, length: int) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from vllm_accel.dispatch.settings import settings
+from vllm_accel.ops.fused import Fused
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _EIGHT_BITS = (*_FP8, torch.int8)
@@ -73,73 +69,34 @@ def _write(
         if most >= slots:
             raise ValueError(f"slot_mapping has {most}; the cache has {slots} slots")
     with torch.no_grad():
-        if (launcher := _launcher(k, k_cache)) is not None:
-            try:
-                _launch(launcher, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                logger.warning("the Triton kernel of write_kv failed and is not used again: %s", error)
-                _failed.append(error)
-            else:
-                return
+        if _fused(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale):
+            return
         for new, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
             if new is not None and cache is not None:
                 rows = _quantised(new[: places.shape[0]].reshape(places.shape[0], *cache.shape[2:]), cache.dtype, scale)
                 _place(rows, cache, places, slots)
 
 
-logger = logging.getLogger("vllm_accel")
-#: What stopped the Triton kernel in this process.
-_failed: list[Exception] = []
-#: Kinds of calls that have run, and so are compiled: others do not run while a CUDA graph is captured.
-_ready: set[Any] = set()
+_kernel = Fused("write_kv", "kv_write_launch")
 
 
-@functools.cache
-def _triton() -> Any:
-    """Return the module that launches the fused kernel, None without Triton."""
-    try:
-        from vllm_accel.kernels.triton import kv_write_launch
-    except ImportError:
-        return None
-    return kv_write_launch
+def _fused(
+    k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slot_mapping: Tensor, k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> bool:  # fmt: skip
+    """Write with the fused kernel where it runs, in the forms that it takes: heads everywhere, unit innermost strides.
 
-
-@functools.cache
-def _supported(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)  # AMD's MI200 and MI300 are 9.0 and 9.4
-
-
-def _launcher(k: Tensor, k_cache: Tensor) -> Callable[..., None] | None:
-    """Return the fused kernel where it runs: one launch instead of the twenty that torch's operators need on a GPU."""
-    if not k.is_cuda or _failed or settings().use_triton is False or not _supported(k.device):
-        return None
-    triton = _triton()
-    if triton is None or k.dtype not in triton.DTYPES or k_cache.dtype not in triton.CACHE_DTYPES:
-        return None
-    launch: Callable[..., None] = triton.write_kv
-    if torch.cuda.is_current_stream_capturing():
-        return launch if (k.dtype, k_cache.dtype, k.shape[1:], k_cache.shape[1:]) in _ready else None
-    return launch
-
-
-def _launch(
-    launcher: Callable[..., None], k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None,
-    slot_mapping: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
-) -> None:  # fmt: skip
-    """Give the fused kernel the forms that it takes: heads everywhere, unit innermost strides, its own device."""
+    One launch instead of the twenty that torch's operators need on a GPU.
+    """
     kind = (k.dtype, k_cache.dtype, k.shape[1:], k_cache.shape[1:])
+    triton = _kernel.launcher((k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale), kind)
+    if triton is None or k.dtype not in triton.DTYPES or k_cache.dtype not in triton.CACHE_DTYPES:
+        return False
     new = [None if t is None else (t if t.dim() == 3 else t.unsqueeze(1)) for t in (k, v)]
     new = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in new]
     caches = [None if t is None else (t if t.dim() == 4 else t.unsqueeze(2)) for t in (k_cache, v_cache)]
     slots, *scales = (None if t is None else t.contiguous() for t in (slot_mapping, k_scale, v_scale))
-    if not k.is_cuda or torch.cuda.current_device() == k.device.index:
-        launcher(*new, *caches, slots, *scales)
-    else:
-        with torch.cuda.device(k.device):
-            launcher(*new, *caches, slots, *scales)
-    _ready.add(kind)
+    return _kernel.run(lambda: triton.write_kv(*new, *caches, slots, *scales), k.device, kind) is not None
 
 
 def _quantised(rows: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
