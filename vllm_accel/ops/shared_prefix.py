@@ -12,12 +12,12 @@ from vllm_accel.ops.merge import merge_attention
 from vllm_accel.ops.paged import attention_paged
 from vllm_accel.ops.run import Result
 
-#: What reading the prefix once must save, in bytes, for the second call and the merge to be worth it. CPU: 24 to 48 MiB
-#: broke even, 60 to 240 MiB gave 1.0x to 4.7x (decode, batches of 2 to 16 after 64 to 4096 tokens, bf16 and fp32, 8/8
-#: heads of 64 and 32/8 of 128; 2-core x86-64 with AVX2, one thread, 2026-11-27, `python -m benchmarks.shared_prefix`).
+#: What reading the prefix once must save, in bytes, for the second call and the merge to be worth it. CPU: from 48 MiB
+#: on every step measured was faster for it, 1.1x to 4.7x, and between 15 and 32 MiB some were and some were not
+#: (AMD EPYC with AVX2, one thread of a busy machine, 2026-11-27, `OMP_NUM_THREADS=1 python -m benchmarks.shared_prefix`).
 #: GPUs: about 60 us of launches at 3.4 TB/s are 200 MB, doubled since a chip's cache already saves some of the reads;
 #: reckoned from data sheets, not measured.
-MIN_SAVED = {"cpu": 64 << 20, "cuda": 512 << 20}
+MIN_SAVED = {"cpu": 48 << 20, "cuda": 512 << 20}
 #: Query rows a key (tokens a sequence x query heads a key head) up to which a call waits for memory and not for
 #: arithmetic, so that bytes saved are time saved: about half of what the machines do in a byte's time.
 MAX_ROWS = {"cpu": 8, "cuda": 64}
