@@ -14,7 +14,7 @@ from vllm_accel.ops.run import Result
 
 #: What reading the prefix once must save, in bytes, for the second call and the merge to be worth it. CPU: from 48 MiB
 #: on every step measured was faster for it, 1.1x to 4.7x, and between 15 and 32 MiB some were and some were not
-#: (AMD EPYC with AVX2, one thread of a busy machine, 2026-11-27, `OMP_NUM_THREADS=1 python -m benchmarks.shared_prefix`).
+#: (AMD EPYC with AVX2, one thread of a busy machine, 2026-11-27, `python -m benchmarks.shared_prefix`).
 #: GPUs: about 60 us of launches at 3.4 TB/s are 200 MB, doubled since a chip's cache already saves some of the reads;
 #: reckoned from data sheets, not measured.
 MIN_SAVED = {"cpu": 48 << 20, "cuda": 512 << 20}
