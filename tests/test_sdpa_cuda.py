@@ -63,6 +63,19 @@ def test_efficient_is_right_in_fp32(efficient: Adapter, name: str, preset: str) 
     assert check_backend(efficient.backend, EVERY_CASE[name], dtype=FP32, device=PRESETS[preset]).ran
 
 
+@pytest.mark.parametrize("shared", ["heads", "batch"])
+def test_efficient_copies_keys_that_share_memory(efficient: Adapter, shared: str) -> None:
+    """pytorch#191937, reproduced on an H200 (benchmarks.known_bad): expanded keys and a mask are silently wrong."""
+    call = kernel_call(efficient.backend, efficient.device)
+    q = torch.randn(2, 33, 4, 32, generator=torch.Generator().manual_seed(0)).to(BF16)
+    shape = (2, 33, 1, 32) if shared == "heads" else (1, 33, 4, 32)
+    k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(BF16).expand(q.shape) for i in (1, 2))
+    mask = torch.ones(1, 1, 33, 33, dtype=torch.bool).tril()
+    want, _ = attention_oracle(q, k, v, attn_bias=mask)
+    plain, _ = plain_attention(q, k, v, attn_bias=mask)
+    assert_close(call(q, k, v, attn_bias=mask), want, plain, what="out")
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "window_left": {"causal": True, "window_size": (2, -1)},

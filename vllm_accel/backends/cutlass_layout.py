@@ -25,13 +25,16 @@ LSE_BLOCK = 32
 def expand_heads(tensor: Tensor, num_heads: int) -> Tensor:
     """Give every query head its key head: (.., Hkv, D) -> (.., H, D), a copy where they differ.
 
-    The kernel has no groups. A stride-0 view would need no copy and is wrong there: pytorch#191937.
+    The kernel has no groups. A stride-0 view would need no copy and is wrong there, a caller's own too: with a mask,
+    32n + 1 keys and heads of 512 it was off by the largest value (pytorch#191937; H200, torch 2.11, 2026-11-27,
+    `python -m benchmarks.known_bad`).
     """
     kv_heads = tensor.shape[-2]
     if kv_heads == num_heads:
-        return tensor
+        return tensor.contiguous() if 0 in tensor.stride() else tensor
     groups = tensor.unsqueeze(-2).expand(*tensor.shape[:-1], num_heads // kv_heads, tensor.shape[-1])
-    return groups.reshape(*tensor.shape[:-2], num_heads, tensor.shape[-1])
+    # One key head for all is a view of stride 0 still: reshape copies only where it has to.
+    return groups.reshape(*tensor.shape[:-2], num_heads, tensor.shape[-1]).contiguous()
 
 
 def sum_groups(grad: Tensor, kv_heads: int) -> Tensor:

@@ -159,6 +159,7 @@ def known_bad_rows(device: Device | None) -> list[dict[str, str]]:
             "backend": row.backend,
             "what happens": row.effect,
             "link": row.link,
+            "seen by us": row.reproduced or "no: reported",
             "refused": "no: lifted by VLLM_ACCEL_LIFT_KNOWN_BAD" if row.name in lifted else "yes",
         }
         for row in quarantine.known_bad_rows()

@@ -25,12 +25,14 @@ class KnownBad:
     Attributes:
         name: what a user puts in VLLM_ACCEL_LIFT_KNOWN_BAD to lift the row.
         versions: of the backend's library, as a version specifier.
+        platforms: values of `Device.platform` concerned, empty for all.
         compute_capabilities: the GPUs concerned, None for all.
         features: all of these must be in the call.
         longer_than: a length, q or k, beyond which the row applies; None for every length.
         more_rows_than: batch or heads beyond which the row applies.
         fewer_kv_heads_than: key heads below which the row applies.
         effect, link: what happens, and the public thread.
+        reproduced: where and when we saw it (`python -m benchmarks.known_bad`), empty where we have only the report.
     """
 
     name: str
@@ -44,10 +46,14 @@ class KnownBad:
     longer_than: int | None = None
     more_rows_than: int | None = None
     fewer_kv_heads_than: int | None = None
+    platforms: tuple[str, ...] = ()
+    reproduced: str = ""
 
     def concerns(self, op: str, backend: str, version: str | None, device: Device) -> bool:
         """Tell whether the row is about this backend, at this version, on this device."""
         if (self.op, self.backend) != (op, backend):
+            return False
+        if self.platforms and device.platform not in self.platforms:
             return False
         if self.compute_capabilities is not None and device.compute_capability not in self.compute_capabilities:
             return False
@@ -85,6 +91,7 @@ def known_bad_rows() -> tuple[KnownBad, ...]:
         chips = row.pop("compute_capabilities", None)
         row["compute_capabilities"] = None if chips is None else tuple(tuple(chip) for chip in chips)
         row["features"] = tuple(row.get("features", ()))
+        row["platforms"] = tuple(row.get("platforms", ()))
         rows.append(KnownBad(**row))
     return tuple(rows)
 
