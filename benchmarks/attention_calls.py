@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,14 +24,10 @@ def contestants(shape: Shape, inputs: Inputs) -> tuple[dict[str, Attend], dict[s
     refused = {}
     for candidate in selection.candidates:
         if candidate.state in _RUNS:
-            calls[candidate.name] = _named(fn, candidate.name)
+            calls[candidate.name] = attend(shape, candidate.name)
         else:
             refused[candidate.name] = "; ".join(str(reason) for reason in candidate.reasons)
     return calls, refused, selection.chosen or ""
-
-
-def _named(fn: Callable[..., Any], backend: str | None) -> Attend:
-    return lambda i: fn(i.q, i.k, i.v, backend=backend, **i.options)
 
 
 def _by_hand(inputs: Inputs) -> Tensor:

@@ -7,6 +7,8 @@ sm100_hd256_2cta_fmha_backward.py (limits of the backward), tile_scheduler.py.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,6 +102,12 @@ class FlashAttn4Backend:
     def version(self) -> str | None:
         """Return the version of flash-attn-4."""
         return installed_version(LIBRARY)
+
+    def compile_cache(self) -> Path | None:
+        """Return where compiled kernels are kept for later processes: nowhere, unless its variables say so."""
+        enabled = os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED") == "1"
+        path = os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
+        return Path(path) if enabled and path else None
 
     def unavailable_reason(self) -> Reason | None:
         """Say why the two functions cannot be called. Imports them and compiles nothing."""

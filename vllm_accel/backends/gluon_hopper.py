@@ -7,6 +7,7 @@ changes a logit (windows, softcap, biases, sinks, dropout) is for `triton`. Both
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,6 +68,12 @@ class GluonHopperBackend:
         from vllm_accel.kernels.triton.toolchain import triton_version
 
         return triton_version()
+
+    def compile_cache(self) -> Path | None:
+        """Return where compiled kernels are kept for later processes."""
+        from vllm_accel.kernels.triton.toolchain import cache_dir
+
+        return cache_dir()
 
     def unavailable_reason(self) -> Reason | None:
         """Say why Gluon cannot compile here: another release of Triton, or what keeps Triton itself from it."""

@@ -7,6 +7,7 @@ up to 256, masks, biases and factors broadcast in place, packed rows past the la
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +119,12 @@ class TritonBackend:
         from vllm_accel.kernels.triton.toolchain import triton_version
 
         return triton_version()
+
+    def compile_cache(self) -> Path | None:
+        """Return where compiled kernels are kept for later processes."""
+        from vllm_accel.kernels.triton.toolchain import cache_dir
+
+        return cache_dir()
 
     def unavailable_reason(self) -> Reason | None:
         """Say why Triton cannot compile here: not importable, no C compiler, an assembler that is too old, no cache."""

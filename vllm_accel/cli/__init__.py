@@ -1,4 +1,4 @@
-"""The program ``vllm-accel``: explain a choice, examine a machine, recommend what to install."""
+"""The program ``vllm-accel``: explain a choice, examine a machine, recommend what to install, measure backends."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     """Return the parser of the whole program; every command stores the function that runs it as ``run``."""
     from vllm_accel import __version__
-    from vllm_accel.cli import doctor, explain, recommend
+    from vllm_accel.cli import doctor, explain, recommend, tune
 
     parser = Parser(prog="vllm-accel", description=__doc__)
     parser.add_argument("--version", action="version", version=f"vllm-accel {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for name, module in (("explain", explain), ("doctor", doctor), ("recommend", recommend)):
+    for name, module in (("explain", explain), ("doctor", doctor), ("recommend", recommend), ("tune", tune)):
         summary = str(module.__doc__).split("\n")[0]
         sub = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(sub)

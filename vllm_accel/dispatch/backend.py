@@ -201,7 +201,11 @@ class MoeKernel(Protocol):
 
 
 class Backend(Protocol):
-    """One library's implementation of one operation."""
+    """One library's implementation of one operation.
+
+    One that compiles at a first call may also have ``compile_cache()``, which returns the directory (a Path) where
+    compiled kernels outlive the process, or None where they do not: `vllm-accel tune` builds there.
+    """
 
     @property
     def name(self) -> str:

@@ -1,7 +1,6 @@
-"""From measured rows to the time of a call that nobody measured: a model of the work, corrected by its neighbours.
+"""From measured rows to the time of a call that nobody measured: the cost model, corrected by measured neighbours.
 
-The model is a roofline (Williams, Waterman, Patterson 2009): operations over a rate, bytes over a bandwidth, whichever
-takes longer, and a fixed cost. How far a backend is from it at a measured point says how far it is nearby.
+How far a backend is from its model at a measured point says how far it is nearby.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_accel.dispatch.gemm_spec import Form, GemmSpec
-from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
+from vllm_accel.dispatch.cost import Fit
+from vllm_accel.dispatch.gemm_spec import GemmSpec
+from vllm_accel.dispatch.spec import AttentionSpec, Feature
 from vllm_accel.dispatch.table_file import Row, Timing
 
 #: A row speaks for a call within one octave in each length (SPEC 4.3).
@@ -23,10 +23,6 @@ LEAST_GAIN = 0.03
 CLEAR_GAIN = 0.25
 #: Where a point of equal lengths and another spec (heads split otherwise) counts as being, in octaves.
 _BESIDE = 0.1
-#: Keys that a window is taken to show: the specs know that there is one, not its size. `tuning.grid` measures this one.
-WINDOW = 1024
-#: Operations per second, bytes per second, seconds. Only ratios within an octave matter: a data-centre GPU, rounded.
-_RATE, _BANDWIDTH, _FIXED = 5e14, 3e12, 4e-6
 #: Options that cost next to nothing, so that rows with and without them speak for each other.
 _FREE = Feature.SCALE | Feature.LSE | Feature.FINITE_TAIL
 
@@ -36,7 +32,8 @@ class Estimate:
     """What a call is expected to take.
 
     Attributes:
-        seconds: by interpolation. noise: relative, of the rows it rests on. rows: how many.
+        seconds: by interpolation. noise: relative, of the rows it rests on. rows: how many; 0 if the model alone says
+            it, far from every row, which is for people and not for the choice.
         exact: the very kind of call was measured.
     """
 
@@ -48,6 +45,8 @@ class Estimate:
     @property
     def rests_on(self) -> str:
         """Say what the seconds rest on."""
+        if not self.rows:
+            return "by the model"
         return "measured" if self.exact else f"interpolated from {self.rows} row{'s' * (self.rows > 1)}"
 
     def __str__(self) -> str:
@@ -62,12 +61,20 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def estimates(spec: Any, rows: Iterable[Row]) -> dict[str, Estimate]:
-    """Return the expected time of every backend that was measured near a kind of call."""
+def estimates(spec: Any, rows: Iterable[Row], fits: Mapping[str, Fit], otherwise: Fit) -> dict[str, Estimate]:
+    """Return the expected time of every backend that was measured near a kind of call.
+
+    Args:
+        spec: the kind of call. rows: those that may be near.
+        fits: models of backends. otherwise: the model of those that have none.
+    """
     close = [(row, distance) for row in rows if (distance := distance_of(spec, row.spec)) is not None]
     names = dict.fromkeys(name for row, _ in close for name in row.times)
     return {
-        name: _interpolate(spec, [(r.spec, r.times[name], d) for r, d in close if name in r.times]) for name in names
+        name: _interpolate(
+            spec, [(r.spec, r.times[name], d) for r, d in close if name in r.times], fits.get(name, otherwise)
+        )
+        for name in names
     }
 
 
@@ -93,7 +100,7 @@ def as_fast(one: Estimate, fastest: Estimate) -> bool:
     return one.seconds <= fastest.seconds * (1 + min(max(LEAST_GAIN, one.noise + fastest.noise), CLEAR_GAIN))
 
 
-def _interpolate(spec: Any, points: list[tuple[Any, Timing, float]]) -> Estimate:
+def _interpolate(spec: Any, points: list[tuple[Any, Timing, float]], model: Fit) -> Estimate:
     """Weigh the ratio of measured to modelled time by the inverse square of the distance."""
     total = weighted = noise = 0.0
     for point, timing, distance in points:
@@ -101,9 +108,9 @@ def _interpolate(spec: Any, points: list[tuple[Any, Timing, float]]) -> Estimate
             return Estimate(timing.seconds, timing.noise, 1, True)
         weight = 1.0 / max(distance, _BESIDE) ** 2
         total += weight
-        weighted += weight * math.log(timing.seconds / model(point))
+        weighted += weight * math.log(timing.seconds / model.seconds(point))
         noise += weight * timing.noise
-    return Estimate(model(spec) * math.exp(weighted / total), noise / total, len(points), False)
+    return Estimate(model.seconds(spec) * math.exp(weighted / total), noise / total, len(points), False)
 
 
 def distance_of(a: Any, b: Any) -> float | None:
@@ -119,8 +126,10 @@ def distance_of(a: Any, b: Any) -> float | None:
 def class_of(spec: Any) -> tuple[Any, ...]:
     """Return what has to be equal for one call to say something about another."""
     if isinstance(spec, AttentionSpec):
+        # One query stands at the last key: a causal mask hides nothing from it.
+        free = _FREE | Feature.CAUSAL if spec.seqlen_q == 1 else _FREE
         return (
-            spec.dtype, spec.kv_dtype, spec.head_dim, spec.head_dim_v, spec.features & ~_FREE, spec.relation,
+            spec.dtype, spec.kv_dtype, spec.head_dim, spec.head_dim_v, spec.features & ~free, spec.relation,
             spec.block_size,
         )  # fmt: skip
     if isinstance(spec, GemmSpec):
@@ -138,35 +147,3 @@ def _extents(spec: Any) -> tuple[int, ...]:
             max(spec.batch, 1) * spec.num_kv_heads, spec.num_heads // spec.num_kv_heads, spec.seqlen_q, spec.seqlen_k,
         )  # fmt: skip
     return (spec.m, spec.n, spec.k, spec.groups) if isinstance(spec, GemmSpec) else ()
-
-
-def model(spec: Any) -> float:
-    """Return the roofline time of a kind of call in seconds: right within an octave up to a factor."""
-    if isinstance(spec, GemmSpec):
-        return _product_model(spec)
-    assert isinstance(spec, AttentionSpec)
-    batch, seen, share = max(spec.batch, 1), spec.seqlen_k, 1.0
-    if Feature.WINDOW_LEFT in spec.features:
-        share = min(1.0, WINDOW / max(seen, 1))
-        seen = min(seen, WINDOW + spec.seqlen_q)
-    elif Feature.CAUSAL in spec.features and spec.relation is Relation.EQUAL:
-        share = 0.5
-    pairs = spec.seqlen_q * spec.seqlen_k * share
-    sizes = spec.head_dim + spec.head_dim_v
-    operations = 2.0 * batch * spec.num_heads * pairs * sizes * (3.5 if Feature.GRAD in spec.features else 1.0)
-    elements_q, elements_k = spec.num_heads * spec.seqlen_q, spec.num_kv_heads * seen
-    moved = batch * sizes * (elements_q * spec.dtype.itemsize + elements_k * spec.kv_dtype.itemsize)
-    return max(operations / _RATE, moved / _BANDWIDTH) + _FIXED
-
-
-def _product_model(spec: GemmSpec) -> float:
-    m, n, k, groups = spec.m, spec.n, spec.k, max(spec.groups, 1)
-    batch = groups if spec.form is Form.BATCHED else 1
-    elements_b = n * k * (1 if spec.form in (Form.DENSE, Form.GROUPED_K) else groups)
-    rows, products = m, 1
-    if spec.form is Form.MOE:  # gate and up, then down
-        rows, products = m * max(spec.top_k, 1), 3
-    operations = 2.0 * batch * rows * n * k * products * (3 if Feature.GRAD in spec.features else 1)
-    outs = groups * m * n if spec.form in (Form.GROUPED_K, Form.BATCHED) else m * n
-    moved = batch * m * k * spec.dtype.itemsize + products * elements_b * spec.b_dtype.itemsize
-    return max(operations / _RATE, (moved + outs * spec.out_dtype.itemsize) / _BANDWIDTH) + _FIXED

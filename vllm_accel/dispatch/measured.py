@@ -21,9 +21,10 @@ import torch
 
 from vllm_accel.dispatch import plan
 from vllm_accel.dispatch import settings as settings_module
+from vllm_accel.dispatch.cost import Fit, family_of, fitted
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.estimate import class_of
-from vllm_accel.dispatch.table_file import Row, Table, minor, parse
+from vllm_accel.dispatch.table_file import POLICY, Row, Table, merged, minor, parse
 
 COMMAND = "vllm-accel tune"
 _SHIPPED = Path(__file__).parents[1] / "data" / "tables"
@@ -38,6 +39,7 @@ class Source:
     path: Path
     table: Table
     _by_class: Mapping[tuple[Any, ...], tuple[Row, ...]]
+    _fits: dict[tuple[str, str, Any], Fit | None]
 
     @classmethod
     def made(cls, path: Path, table: Table) -> Source:
@@ -46,11 +48,19 @@ class Source:
         for row in table.rows:
             key = (row.op, *class_of(row.spec))
             index[key] = (*index.get(key, ()), row)
-        return cls(path, table, index)
+        return cls(path, table, index, {})
 
     def of(self, op: str, spec: Any) -> tuple[Row, ...]:
         """Return the rows that differ from a kind of call in lengths only."""
         return self._by_class.get((op, *class_of(spec)), ())
+
+    def fit(self, op: str, backend: str, spec: Any) -> Fit | None:
+        """Return what a backend's rows of this family of calls say about its rates; None if they are too few."""
+        key = (op, backend, family_of(spec))
+        if key not in self._fits:
+            rows = [row for row in self.table.rows if row.op == op and family_of(row.spec) == key[2]]
+            self._fits[key] = fitted([(row.spec, row.times[backend].seconds) for row in rows if backend in row.times])
+        return self._fits[key]
 
     def __str__(self) -> str:
         date = str(self.table.provenance.get("date", "an unknown date"))[:10]
@@ -58,8 +68,8 @@ class Source:
 
 
 def table_name(device: Device) -> str:
-    """Name the table of a device: a GPU by its product name, a CPU by its model and torch's instruction set."""
-    name = f"{_cpu_model()} {device.name}" if device.type == "cpu" else device.name or device.arch
+    """Name the table of a device: a GPU by its product name, a CPU by its model, torch's instructions and the cores."""
+    name = f"{_cpu_model()} {device.name} {_cores()} cores" if device.type == "cpu" else device.name or device.arch
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or device.type
 
 
@@ -71,6 +81,11 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found.group(1).strip() if found else platform.machine()
+
+
+def _cores() -> int:
+    """Return the cores that this process may use: with another number the order of two backends is another one."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def user_directory() -> Path:
@@ -101,8 +116,15 @@ def sources(device: Device) -> tuple[Source, ...]:
     """Return the tables that count for a device under this minor version of torch, the user's last.
 
     Read once per process; `forget` and `reload_settings` read again. A file that cannot be read is logged and ignored.
+    Beside a pinned table no other counts.
     """
     return _read(table_name(device), shipped_file(device), user_file(device))
+
+
+def effective(device: Device) -> Table | None:
+    """Return the tables that count for a device as one, None without any."""
+    found = [source.table for source in sources(device)]
+    return functools.reduce(merged, found) if found else None
 
 
 def newest_version(op: str, backend: str, device: Device) -> str | None:
@@ -130,9 +152,14 @@ def _read(name: str, *paths: Path) -> tuple[Source, ...]:
             continue
         if table.device != name:
             logger.warning("%s is ignored: it is about %s. Measure here: %s", path, table.device, COMMAND)
+        elif table.policy != POLICY:
+            logger.warning("%s is ignored: it was measured by another policy. Measure again: %s", path, COMMAND)
         elif minor(table.torch) == minor(str(torch.__version__)):
             found.append(Source.made(path, table))
-    return tuple(found)
+        elif table.pinned:
+            logger.warning("%s is pinned, and does not count: it is of torch %s", path, table.torch)
+    pinned = [source for source in found if source.table.pinned]
+    return tuple(pinned[-1:] or found)
 
 
 settings_module.on_reload(_read.cache_clear)

@@ -46,5 +46,15 @@ def use_backend(
             var.reset(token)
 
 
+@contextmanager
+def exactly(op: str, name: str) -> Iterator[None]:
+    """Run one backend by its registry name inside the block: ``triton`` is a family to `use_backend`, not here."""
+    token = _overrides[op].set((name,))
+    try:
+        yield
+    finally:
+        _overrides[op].reset(token)
+
+
 def _as_request(names: str | Sequence[str]) -> object:
     return names if isinstance(names, str) else tuple(names)

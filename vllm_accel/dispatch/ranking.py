@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_accel.dispatch import measured
+from vllm_accel.dispatch.cost import CPU, GPU, Fit
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.estimate import Estimate, best_first, distance_of, estimates
 from vllm_accel.dispatch.spec import Feature
@@ -20,12 +21,14 @@ class Ranking:
     Attributes:
         order: names. estimates: seconds of those that were measured near this kind of call.
         failed: what happened to those that gave no time there. source: the tables, for people.
+        modelled: what the model says of those without an estimate, for people.
     """
 
     order: tuple[str, ...]
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
+    modelled: Mapping[str, Estimate] = field(default_factory=dict)
 
 
 def rank(
@@ -72,7 +75,9 @@ def rank(
             here = {name for name in (*here, *current) if name in row.failed or (name in here and name not in found)}
         if found:
             used[str(source)] = None
-    known = estimates(spec, [Row(op, row_spec, found) for row_spec, found in times.items()])
+    fits = {name: fit for name in versions if (fit := _fit(op, name, spec, device, versions[name])) is not None}
+    rows = [Row(op, row_spec, found) for row_spec, found in times.items()]
+    known = estimates(spec, rows, fits, CPU if device.type == "cpu" else GPU)
     for name in here:  # a failure at this very kind of call outweighs times of its neighbours
         known.pop(name, None)
     failed = {name: text for name, text in failed.items() if name not in known}
@@ -84,6 +89,22 @@ def rank(
         *(name for name in order if name in failed),
     ]
     return Ranking(tuple(ranked), known, failed, " and ".join(used))
+
+
+def modelled(
+    op: str, spec: Any, device: Device, names: tuple[str, ...], version_of: Callable[[str], str | None]
+) -> dict[str, Estimate]:
+    """Return what the model alone expects of backends: for people, where no row is near."""
+    if not measured.sources(device):
+        return {}
+    fits = {name: _fit(op, name, spec, device, version_of(name)) for name in names}
+    return {name: Estimate(fit.seconds(spec), 0.0, 0, False) for name, fit in fits.items() if fit is not None}
+
+
+def _fit(op: str, name: str, spec: Any, device: Device, version: str | None) -> Fit | None:
+    """Return the model of a backend by the last table that has enough of it."""
+    found = [s.fit(op, name, spec) for s in measured.sources(device) if is_current(s.table, op, name, version)]
+    return next((fit for fit in reversed(found) if fit is not None), None)
 
 
 def _near(spec: Any, row: Row) -> bool:

@@ -11,7 +11,7 @@ from vllm_accel.dispatch import measured, preference, probed, quarantine, regist
 from vllm_accel.dispatch.backend import Backend
 from vllm_accel.dispatch.capability import Capability, Guard, refusals
 from vllm_accel.dispatch.device import Device, is_local
-from vllm_accel.dispatch.ranking import Ranking, rank
+from vllm_accel.dispatch.ranking import Ranking, modelled, rank
 from vllm_accel.dispatch.selection import Candidate, Selection, State
 from vllm_accel.dispatch.settings import TRITON, Settings, changed_since_read, settings
 from vllm_accel.dispatch.spec import Feature
@@ -76,6 +76,9 @@ def ranked(question: Question, current: Settings, *, everything: bool) -> Rankin
         op, question.spec, question.device, automatic, takes=takes, version_of=version_of, first=first,
         everything=everything,
     )  # fmt: skip
+    if everything:
+        unknown = tuple(name for name in automatic if name not in ranking.estimates and takes(name))
+        ranking = replace(ranking, modelled=modelled(op, question.spec, question.device, unknown, version_of))
     rest = tuple(name for name in registry.names(op) if name not in automatic)
     return replace(ranking, order=tuple(dict.fromkeys((*(question.asked or ()), *ranking.order, *rest))))
 
@@ -209,7 +212,8 @@ def select(question: Question, sizes: Any = None) -> Selection:
             candidate = replace(candidate, notes=(*candidate.notes, *remarks))
         if failure := ranking.failed.get(candidate.name):
             candidate = replace(candidate, notes=(*candidate.notes, f"failed when it was measured: {failure}"))
-        candidates.append(replace(candidate, estimate=ranking.estimates.get(candidate.name)))
+        estimate = ranking.estimates.get(candidate.name) or ranking.modelled.get(candidate.name)
+        candidates.append(replace(candidate, estimate=estimate))
     return Selection(
         op=question.op,
         spec=question.spec,

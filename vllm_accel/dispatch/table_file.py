@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_accel.dispatch.gemm_spec import Form, GemmSpec, Layout, Scaling
-from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation, feature_names
+from vllm_accel.dispatch.spec_json import SPECS, spec_from_json, spec_to_json
 
 FORMAT = 1
+#: How times are taken (`tuning.tune`). Changed whenever times before and after cannot be compared.
+POLICY = "in turns, median of rounds, cold L2, the longer of device and host, 1"
 #: Times outside of this range are not times of a kernel.
 _SECONDS = (1e-8, 1e4)
-_ENUMS: dict[str, type[enum.Enum]] = {kind.__name__: kind for kind in (Relation, Form, Scaling, Layout)}
-_SPECS: dict[str, type[Any]] = {"attention": AttentionSpec, "gemm": GemmSpec}
+_NOISE = (0.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +30,19 @@ class Timing:
     """One measurement.
 
     Attributes:
-        seconds: median over rounds. noise: half of the interquartile range over the median.
-        cold_seconds: what the first call of a shape costs beyond that (a graph, a plan), None if that is not known.
+        seconds: of one call among others, by which backends are ranked: of the device or of the host, whichever takes
+            longer. noise: half of the interquartile range over the median of the rounds.
+        new_length: what the first call at a new length costs beyond that (a graph, a plan). cold, warm: of the device,
+            after the L2 cache was overwritten, and in a CUDA graph where nothing is overwritten. host: what Python and
+            the launch take. Each None where it was not measured.
     """
 
     seconds: float
     noise: float
-    cold_seconds: float | None = None
+    new_length: float | None = None
+    cold: float | None = None
+    warm: float | None = None
+    host: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +61,23 @@ class Table:
 
     Attributes:
         device: its `measured.table_name`. torch: version. versions: "op:backend" -> version of the backend's library.
-        provenance: date, command, driver, policy: for people. rows: by kind of call.
+        policy: how it was measured; tables of two policies are not merged. driver: of a GPU.
+        pinned: nothing may change it, and no other table counts beside it (`vllm-accel tune --pin`).
+        provenance: date, command and machine, for people. rows: by kind of call.
     """
 
     device: str
     torch: str
     versions: Mapping[str, str] = field(default_factory=dict)
+    policy: str = POLICY
+    driver: str = ""
+    pinned: bool = False
     provenance: Mapping[str, Any] = field(default_factory=dict)
     rows: tuple[Row, ...] = ()
+
+
+class PinnedError(ValueError):
+    """A table that was frozen would have changed."""
 
 
 def minor(version: str) -> tuple[str, ...]:
@@ -83,9 +97,12 @@ def is_current(table: Table, op: str, backend: str, installed: str | None) -> bo
 def merged(old: Table, new: Table) -> Table:
     """Return both tables as one, `new` over `old`.
 
-    What `old` holds of another device, another minor version of torch or another version of a backend's library goes.
+    What `old` holds of another device, driver or policy, another minor version of torch or another version of a
+    backend's library goes.
     """
-    if old.device != new.device or minor(old.torch) != minor(new.torch):
+    if any(getattr(old, name) != getattr(new, name) for name in ("device", "policy", "driver")):
+        return new
+    if minor(old.torch) != minor(new.torch):
         return new
     stale = {key for key, version in new.versions.items() if old.versions.get(key, version) != version}
     rows: dict[Any, Row] = {}
@@ -99,7 +116,8 @@ def merged(old: Table, new: Table) -> Table:
         times = {n: t for n, t in before.times.items() if n not in row.failed} | dict(row.times)
         failed = {n: t for n, t in before.failed.items() if n not in row.times} | dict(row.failed)
         rows[row.spec] = Row(row.op, row.spec, times, failed)
-    return Table(new.device, new.torch, {**old.versions, **new.versions}, new.provenance, tuple(rows.values()))
+    versions = {**old.versions, **new.versions}
+    return replace(new, versions=versions, rows=tuple(rows.values()))
 
 
 def update(path: Path, table: Table) -> tuple[Table, str]:
@@ -110,13 +128,19 @@ def update(path: Path, table: Table) -> tuple[Table, str]:
 
     Raises:
         OSError: the folder cannot be written, or the disk is full; the old file is as it was.
+        PinnedError: the file is pinned.
     """
     with locked(path):
         remark = ""
         try:
-            table = merged(parse(path.read_text(encoding="utf-8")), table)
+            old = parse(path.read_text(encoding="utf-8"))
+            if old.pinned:
+                raise PinnedError(f"{path.name} is pinned; `vllm-accel tune --unpin` lets it change")
+            table = merged(old, table)
         except FileNotFoundError:
             pass
+        except PinnedError:
+            raise
         except ValueError as error:
             aside = path.with_name(f"{path.name}.unreadable")
             os.replace(path, aside)
@@ -155,16 +179,21 @@ def dump(table: Table) -> str:
         "device": table.device,
         "torch": table.torch,
         "versions": dict(sorted(table.versions.items())),
+        "policy": table.policy,
+        "driver": table.driver,
+        "pinned": table.pinned,
         "provenance": dict(table.provenance),
-        "legend": "seconds: backend -> [median, noise relative to it, cost of the first call of a shape or null]",
+        "legend": "seconds: backend -> median, and where known the noise relative to it, what the first call of a new "
+        "length adds, the device's time with a cold and with a warm L2 cache, the host's time",
     }
     body = json.dumps(head, indent=1)[:-2]
-    return body + ',\n "rows": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n"
+    listed = "\n  " + ",\n  ".join(rows) + "\n " if rows else ""
+    return f'{body},\n "rows": [{listed}]\n}}\n'
 
 
 def _row_to_json(row: Row) -> dict[str, Any]:
     seconds = {
-        name: [None if value is None else float(f"{value:.4g}") for value in dataclasses.astuple(timing)]
+        name: {field: float(f"{value:.4g}") for field, value in dataclasses.asdict(timing).items() if value is not None}
         for name, timing in sorted(row.times.items())
     }
     data = {"op": row.op, "call": spec_to_json(row.spec), "seconds": seconds}
@@ -177,11 +206,20 @@ def save(table: Table, path: Path) -> None:
     Raises:
         OSError: the folder cannot be written, or the disk is full; the old file is as it was.
     """
+    write_whole(path, dump(table))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, also if this process is killed meanwhile.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; the old file is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(dump(table))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
@@ -203,19 +241,25 @@ def parse(text: str) -> Table:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else None
         raise ValueError(f"format {found!r} is not {FORMAT}")
-    for name, kind in (("device", str), ("torch", str), ("versions", dict), ("provenance", dict), ("rows", list)):
+    for name, kind in _HEAD.items():
         if not isinstance(data.get(name), kind):
             raise ValueError(f"{name} has to be a {kind.__name__}, not {data.get(name)!r:.60}")
     if bad := [key for key, value in data["versions"].items() if not isinstance(value, str)]:
         raise ValueError(f"versions: {bad[0]} has to be text")
     rows = tuple(_row(index, row) for index, row in enumerate(data["rows"]))
-    return Table(data["device"], data["torch"], data["versions"], data["provenance"], rows)
+    return Table(**{name: data[name] for name in _HEAD if name != "rows"}, rows=rows)
+
+
+_HEAD: dict[str, type] = {
+    "device": str, "torch": str, "versions": dict, "policy": str, "driver": str, "pinned": bool, "provenance": dict,
+    "rows": list,
+}  # fmt: skip
 
 
 def _row(index: int, row: Any) -> Row:
     where = f"row {index}"
-    if not isinstance(row, dict) or row.get("op") not in _SPECS or not isinstance(row.get("seconds"), dict):
-        raise ValueError(f"{where} has to have op ({', '.join(_SPECS)}), call and seconds")
+    if not isinstance(row, dict) or row.get("op") not in SPECS or not isinstance(row.get("seconds"), dict):
+        raise ValueError(f"{where} has to have op ({', '.join(SPECS)}), call and seconds")
     failed = row.get("failed", {})
     if not isinstance(failed, dict) or not all(isinstance(text, str) for text in failed.values()):
         raise ValueError(f"{where}: failed has to map backends to text, not {failed!r:.60}")
@@ -228,64 +272,11 @@ def _row(index: int, row: Any) -> Row:
 
 
 def _timing(where: str, entry: Any) -> Timing:
-    if not isinstance(entry, list) or len(entry) != 3 or not all(type(n) in (int, float) for n in entry[:2]):
-        raise ValueError(f"{where} has to be [seconds, noise, cold seconds], not {entry!r:.60}")
-    seconds, noise, cold = entry
-    if not _SECONDS[0] <= seconds <= _SECONDS[1]:
-        raise ValueError(f"{where}: {seconds!r} seconds are not the time of a kernel")
-    if not 0 <= noise <= 10:
-        raise ValueError(f"{where}: noise {noise!r} is not from 0 to 10")
-    if cold is not None and not (type(cold) in (int, float) and 0 <= cold <= _SECONDS[1]):
-        raise ValueError(f"{where}: cold seconds {cold!r} are out of range")
-    return Timing(float(seconds), float(noise), None if cold is None else float(cold))
-
-
-def spec_to_json(spec: Any) -> dict[str, Any]:
-    """Return a spec as plain data: dtypes, relation and features by name."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, torch.dtype):
-            return str(value).removeprefix("torch.")
-        if isinstance(value, enum.Enum) and not isinstance(value, Feature):
-            return value.name.lower()
-        return feature_names(value) if isinstance(value, Feature) else value
-
-    return {f.name: plain(getattr(spec, f.name)) for f in dataclasses.fields(spec)}
-
-
-def spec_from_json(op: str, data: Any) -> Any:
-    """Build the spec of `spec_to_json`.
-
-    Raises:
-        KeyError, TypeError, ValueError: a field is missing, unknown or of a wrong type.
-    """
-    kind = _SPECS[op]
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    if not isinstance(data, dict) or (unknown := set(data) - set(known)):
-        raise ValueError(f"unknown fields {sorted(unknown)}" if isinstance(data, dict) else "it has to be an object")
-    spec = kind(**{name: _field(str(known[name].type), name, value) for name, value in data.items()})
-    if isinstance(spec, AttentionSpec):
-        heads, kv_heads = spec.num_heads, spec.num_kv_heads
-        if not min(heads, kv_heads, spec.head_dim, spec.head_dim_v) or heads % kv_heads:
-            raise ValueError(f"{heads} heads over {kv_heads} of {spec.head_dim}/{spec.head_dim_v} do not exist")
-    return spec
-
-
-def _field(kind: str, name: str, value: Any) -> Any:
-    if kind == "torch.dtype":
-        dtype = getattr(torch, value, None) if isinstance(value, str) else None
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{name} is {value!r}, not a dtype")
-        return dtype
-    if kind in _ENUMS and isinstance(value, str):
-        return next(member for member in _ENUMS[kind] if member.name.lower() == value)
-    if kind == "Feature" and isinstance(value, list):
-        flags = Feature(0)
-        for item in value:
-            flags |= Feature[item.upper()]
-        return flags
-    if kind == "str" and isinstance(value, str):
-        return value
-    if kind == "int" and type(value) is int and 0 <= value <= 1 << 40:
-        return value
-    raise ValueError(f"{name} is {value!r}, which is no {kind}")
+    names = [f.name for f in dataclasses.fields(Timing)]
+    if not isinstance(entry, dict) or not {"seconds", "noise"} <= set(entry) <= set(names):
+        raise ValueError(f"{where} has to have seconds and noise, and may have {', '.join(names[2:])}: {entry!r:.80}")
+    for name, value in entry.items():
+        low, high = _NOISE if name == "noise" else (0.0, _SECONDS[1]) if name == "new_length" else _SECONDS
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise ValueError(f"{where}: {name} {value!r} is not a number from {low:g} to {high:g}")
+    return Timing(**{name: float(value) for name, value in entry.items()})

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_accel.dispatch import registry, warm
+from vllm_accel.dispatch import override, registry, warm
 from vllm_accel.dispatch.selection import State
 from vllm_accel.ops.explain import explain
 
@@ -35,7 +35,8 @@ def warmup(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, ...]
         if c.state is State.HELD_BACK and any(reason.code == "first_call" for reason in c.reasons)
     ]
     for name in held:
-        out = fn(*args, **{**kwargs, "backend": name})
+        with override.exactly(selection.op, name):
+            out = fn(*args, **{**kwargs, "backend": None})
         first = out[0] if isinstance(out, tuple) else out
         if first.requires_grad:
             first.backward(torch.zeros_like(first))

@@ -18,6 +18,12 @@ BUDGET_SECONDS = 2.0
 ROUND_SECONDS = 0.02
 
 
+#: What overwriting 128 MiB takes on an H200, rounded down: the launch of a call hides behind it.
+_FLUSH_SECONDS, _MOST_PASSES = 3e-5, 30
+#: Calls in a graph, so that the time between two replays does not count.
+_GRAPH_CALLS = 10
+
+
 class Clock(Protocol):
     """Measures calls on one kind of device."""
 
@@ -54,18 +60,57 @@ class CudaClock:
         properties = torch.cuda.get_device_properties(device)
         size = max(2 * int(getattr(properties, "L2_cache_size", 0)), 128 << 20)
         self._flush = torch.empty(size, dtype=torch.uint8, device=device)
+        self._host: dict[int, float] = {}
 
     def seconds(self, call: Call, times: int) -> float:
         """Return the median over `times` calls, launch included only where the GPU waits for it."""
+        # Overwriting the cache also keeps the GPU busy while the call is launched, once as a rule, and more often for
+        # calls whose Python takes longer: kernels are timed without their launch.
+        passes = 1 + min(int(self._host.get(id(call), 0.0) / _FLUSH_SECONDS), _MOST_PASSES)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
+        taken = []
         for start, end in events:
-            # Also keeps the GPU busy while the call is launched: short kernels are timed without their launch.
-            self._flush.zero_()
+            for _ in range(passes):
+                self._flush.zero_()
             start.record()
+            before = time.perf_counter()
             call()
+            taken.append(time.perf_counter() - before)
             end.record()
         torch.cuda.synchronize(self._device)
+        self._host[id(call)] = statistics.median(taken)
         return float(statistics.median(start.elapsed_time(end) for start, end in events)) * 1e-3
+
+    def host(self, call: Call) -> float | None:
+        """Return what a call took on the host when it was last timed, None if it was not."""
+        return self._host.get(id(call))
+
+    def warm(self, call: Call) -> float | None:
+        """Return the seconds of a call in a CUDA graph, its data in the L2 cache as far as it fits; else None."""
+        try:
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                call()
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            with torch.cuda.graph(graph):
+                for _ in range(_GRAPH_CALLS):
+                    call()
+            return self.seconds_of_replay(graph)
+        except RuntimeError:  # not what can be captured
+            torch.cuda.synchronize(self._device)
+            return None
+
+    def seconds_of_replay(self, graph: torch.cuda.CUDAGraph) -> float:
+        """Return the seconds of one of the calls in a graph, median of replays."""
+        graph.replay()
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(5)]
+        for start, end in events:
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize(self._device)
+        return float(statistics.median(start.elapsed_time(end) for start, end in events)) * 1e-3 / _GRAPH_CALLS
 
     def peak(self, call: Call) -> int | None:
         """Run a call and return the bytes of the caching allocator that it took at most, its result included."""
@@ -97,7 +142,9 @@ def clock(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
-def in_turns(calls: Mapping[str, Call], timer: Clock, rounds: int) -> dict[str, Timed]:
+def in_turns(
+    calls: Mapping[str, Call], timer: Clock, rounds: int, round_seconds: float = ROUND_SECONDS
+) -> dict[str, Timed]:
     """Time every call `rounds` times (slow ones less often) in turns; an exception ends that contestant only."""
     found = {name: Timed() for name in calls}
     times: dict[str, int] = {}
@@ -107,7 +154,7 @@ def in_turns(calls: Mapping[str, Call], timer: Clock, rounds: int) -> dict[str, 
         def first(name: str = name, call: Call = call) -> None:
             found[name].peak = timer.peak(call)
             once = max(timer.seconds(call, 1), 1e-7)
-            times[name] = max(1, min(50, int(ROUND_SECONDS / once)))
+            times[name] = max(1, min(50, int(round_seconds / once)))
             limit[name] = max(2, min(rounds, int(BUDGET_SECONDS / (once * times[name]))))
 
         _guarded(found[name], first)

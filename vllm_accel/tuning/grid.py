@@ -1,0 +1,196 @@
+"""The grid that `vllm-accel tune` measures: kinds of work with their lengths, most important first.
+
+Points are two octaves apart in sequences times key heads, in query and in key length, because a measured point speaks
+for calls within one octave (SPEC 4.3): what lies between two points is near both. Point i of every kind comes before
+point i + 1 of any, so that a short budget has something of everything.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from vllm_accel.dispatch.device import GIB, Device
+from vllm_accel.tuning.attention import AttentionProblem, label
+from vllm_accel.tuning.shape import Kind, Shape
+
+#: Operations that one call may have: 60 ms at a tenth of a data-centre GPU's rate; a second of two CPU cores.
+_MOST_WORK = {"cuda": 4e13, "cpu": 2e10}
+#: Bytes that the tensors of one call may have, as a share of the device's memory, and where that is unknown.
+_MOST_MEMORY, _UNKNOWN_MEMORY = 1 / 16, GIB // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A kind of work: everything of a call but its lengths.
+
+    Attributes:
+        kind, heads, kv_heads, head_dim, head_dim_v, causal, window, block_size: as in `Shape`.
+        packed: sequences of several lengths, packed. dtypes: to measure, in this order.
+        points: (sequences, query length, key length), most telling first.
+    """
+
+    kind: Kind
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtypes: tuple[torch.dtype, ...]
+    points: tuple[tuple[int, int, int], ...]
+    head_dim_v: int = 0
+    causal: bool = True
+    window: int = 0
+    block_size: int = 0
+    packed: bool = False
+
+    def problem(self, point: tuple[int, int, int], dtype: torch.dtype, lengths_seed: int = 0) -> AttentionProblem:
+        """Return one call of this kind."""
+        batch, n_q, n_k = point
+        packed = self.packed or bool(self.block_size)
+        sizes = (
+            {"lengths": ragged(batch, n_q, n_k, lengths_seed)}
+            if packed
+            else {"batch": batch, "seqlen_q": n_q, "seqlen_k": n_k}
+        )
+        shape = Shape(
+            name="-", kind=self.kind, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
+            head_dim_v=self.head_dim_v, causal=self.causal, window=self.window, block_size=self.block_size,
+            **sizes,
+        )  # fmt: skip
+        named = {f: getattr(shape, f) for f in shape.__dataclass_fields__}
+        return AttentionProblem(Shape(**{**named, "name": label(shape, dtype)}), dtype)
+
+
+def ragged(batch: int, n_q: int, n_k: int, seed: int = 0) -> tuple[tuple[int, int], ...]:
+    """Return lengths of packed sequences: the longest first, the others from a quarter of it up, shuffled evenly."""
+    lengths = []
+    for i in range(batch):
+        share = 1.0 if i == 0 else 0.25 + 0.75 * ((i * 0.6180339887 + seed * 0.7548776662) % 1.0)
+        keys = max(1, round(n_k * share))
+        lengths.append((n_q if n_q == 1 else max(1, round(n_q * share)), keys))
+    return tuple((min(a, b), b) for a, b in lengths)
+
+
+def attention_grid(device: Device) -> tuple[AttentionProblem, ...]:
+    """Return the dense and packed calls to measure on a device."""
+    return _fitting(_CPU_ATTENTION if device.type == "cpu" else _gpu_attention(), device)
+
+
+def paged_grid(device: Device) -> tuple[AttentionProblem, ...]:
+    """Return the calls over a paged cache to measure on a device."""
+    return _fitting(_CPU_PAGED if device.type == "cpu" else _gpu_paged(), device)
+
+
+def works(device: Device) -> tuple[Work, ...]:
+    """Return the kinds of work of both grids."""
+    return (*_CPU_ATTENTION, *_CPU_PAGED) if device.type == "cpu" else (*_gpu_attention(), *_gpu_paged())
+
+
+def fits(problem: AttentionProblem, device: Device) -> bool:
+    """Tell whether a call is small enough to be measured on a device."""
+    memory = device.memory * _MOST_MEMORY if device.memory else _UNKNOWN_MEMORY
+    return problem.work <= _MOST_WORK.get(device.type, _MOST_WORK["cpu"]) and problem.size <= memory
+
+
+def _fitting(kinds: Iterable[Work], device: Device) -> tuple[AttentionProblem, ...]:
+    found = dict.fromkeys(problem for problem in _by_turns(kinds) if fits(problem, device))
+    return tuple(found)
+
+
+def _by_turns(kinds: Iterable[Work]) -> Iterator[AttentionProblem]:
+    lists = [[work.problem(point, dtype) for point in work.points for dtype in work.dtypes[:1]] for work in kinds]
+    yield from _flat(lists)
+    lists = [[work.problem(point, dtype) for point in work.points for dtype in work.dtypes[1:]] for work in kinds]
+    yield from _flat(lists)
+
+
+def _flat(lists: list[list[AttentionProblem]]) -> Iterator[AttentionProblem]:
+    for column in itertools.zip_longest(*lists):
+        yield from (problem for problem in column if problem is not None)
+
+
+def _lattice(batches: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Return square calls, those in the middle first."""
+    return _middle_first([(b, n, n) for b in batches for n in lengths])
+
+
+def _caches(
+    batches: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int, ...]
+) -> tuple[tuple[int, int, int], ...]:
+    """Return calls with fewer queries than keys, those in the middle first."""
+    return _middle_first([(b, q, k) for b in batches for q in queries for k in keys if q < k])
+
+
+def _middle_first(points: list[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:
+    middle = tuple(sorted(column)[len(column) // 2] for column in zip(*points, strict=True))
+
+    def distance(point: tuple[int, int, int]) -> float:
+        return math.fsum(max(a, b) / min(a, b) for a, b in zip(point, middle, strict=True))
+
+    return tuple(sorted(points, key=distance))
+
+
+def _gpu_attention() -> tuple[Work, ...]:
+    both, bf16 = (torch.bfloat16, torch.float16), (torch.bfloat16,)
+    square = _lattice((1, 4, 16), (256, 1024, 4096, 16384))
+    wide = _lattice((1, 4, 16), (256, 1024, 4096))
+    decode = _caches((1, 4, 16, 64), (1,), (512, 2048, 8192, 32768))
+    chunk = _caches((1, 4), (128, 512, 2048), (2048, 8192, 32768))
+    train = _lattice((1, 4), (512, 2048, 8192))
+    return (
+        Work("prefill", 32, 8, 128, both, square),
+        Work("decode", 32, 8, 128, both, decode),
+        Work("prefill", 32, 8, 128, both, wide, packed=True),
+        Work("prefill", 32, 8, 128, both, chunk),
+        Work("train", 32, 8, 128, both, train),
+        Work("prefill", 16, 16, 64, both, wide, causal=False),
+        Work("prefill", 16, 16, 128, bf16, wide, causal=False),
+        Work("train", 16, 16, 64, bf16, train),
+        Work("prefill", 32, 8, 64, bf16, wide),
+        Work("decode", 32, 8, 64, bf16, decode),
+        Work("prefill", 16, 16, 128, bf16, wide),
+        Work("prefill", 16, 8, 256, bf16, wide),
+        Work("prefill", 32, 32, 192, bf16, wide, head_dim_v=128),
+        Work("decode", 32, 8, 128, bf16, decode, packed=True),
+        Work("train", 32, 8, 128, bf16, train, packed=True),
+        Work("prefill", 32, 8, 128, bf16, _lattice((1, 4), (2048, 8192)), window=1023),
+        Work("prefill", 16, 16, 64, (torch.float32,), _lattice((1, 4), (512, 2048)), causal=False),
+    )
+
+
+def _gpu_paged() -> tuple[Work, ...]:
+    both, bf16 = (torch.bfloat16, torch.float16), (torch.bfloat16,)
+    decode = _caches((4, 16, 64), (1,), (512, 2048, 8192, 32768))
+    few = _caches((4, 32), (1,), (2048, 8192))
+    chunk = _caches((1, 4, 16), (128, 512), (1024, 4096, 16384))
+    return (
+        Work("decode", 32, 8, 128, both, decode, block_size=16),
+        Work("prefill", 32, 8, 128, both, chunk, block_size=16),
+        Work("decode", 32, 8, 64, bf16, few, block_size=16),
+        Work("decode", 32, 8, 128, bf16, few, block_size=64),
+        Work("decode", 32, 8, 128, bf16, _caches((4, 32), (4,), (2048, 8192)), block_size=16),
+        Work("decode", 32, 8, 128, bf16, few, block_size=256),
+    )
+
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU_SQUARE = _lattice((1, 4), (32, 128, 512, 2048))
+_CPU_DECODE = _caches((1, 4), (1,), (128, 512, 2048, 8192))
+_CPU_ATTENTION: tuple[Work, ...] = (
+    Work("prefill", 8, 2, 64, _CPU_DTYPES, _CPU_SQUARE),
+    Work("decode", 8, 2, 64, _CPU_DTYPES, _CPU_DECODE),
+    Work("prefill", 8, 8, 64, _CPU_DTYPES, _CPU_SQUARE, causal=False),
+    Work("prefill", 8, 2, 64, _CPU_DTYPES, _caches((1, 4), (32, 128), (512, 2048))),
+    Work("prefill", 8, 2, 64, _CPU_DTYPES, _lattice((4,), (32, 128, 512)), packed=True),
+    Work("train", 8, 8, 64, _CPU_DTYPES[:2], _lattice((1, 4), (64, 256, 1024))),
+    Work("prefill", 8, 2, 128, _CPU_DTYPES[:2], _CPU_SQUARE),
+    Work("decode", 8, 2, 128, _CPU_DTYPES[:2], _CPU_DECODE),
+    Work("prefill", 12, 12, 32, _CPU_DTYPES[:1], _lattice((1, 4), (32, 128, 512)), causal=False),
+)
+_CPU_PAGED: tuple[Work, ...] = (
+    Work("decode", 8, 2, 64, _CPU_DTYPES[:2], _caches((1, 4, 16), (1,), (128, 512, 2048)), block_size=16),
+    Work("prefill", 8, 2, 64, _CPU_DTYPES[:2], _caches((1, 4), (32, 128), (512, 2048)), block_size=16),
+)
