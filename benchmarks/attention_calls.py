@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_accel import State, attention, attention_paged, attention_varlen, explain
+from vllm_accel import State, explain
+from vllm_accel.tuning.attention import attend, call_of
 from vllm_accel.tuning.measure import Attend
 from vllm_accel.tuning.shape import Inputs, Shape
 
@@ -16,9 +17,8 @@ _RUNS = (State.CHOSEN, State.ABLE, State.HELD_BACK, State.QUARANTINED)
 
 def contestants(shape: Shape, inputs: Inputs) -> tuple[dict[str, Attend], dict[str, str], str]:
     """Return the calls that can be timed, the reasons of those that cannot, and what automatic choice takes."""
-    fn: Callable[..., Any] = attention_paged if shape.block_size else attention_varlen if shape.lengths else attention
-    selection = explain(fn, inputs.q, inputs.k, inputs.v, **inputs.options)
-    calls: dict[str, Attend] = {AUTO: _named(fn, None)}
+    selection = explain(call_of(shape), inputs.q, inputs.k, inputs.v, **inputs.options)
+    calls: dict[str, Attend] = {AUTO: attend(shape, None)}
     if not shape.block_size:  # torch has no function for a paged cache
         calls[BY_HAND] = _by_hand_varlen if shape.lengths else _by_hand
     refused = {}

@@ -132,9 +132,9 @@ def _progress(total: int, seconds: float) -> Iterator[Report]:
 
         def report(problem: Problem | None, found: Measured | None, text: str) -> None:
             if problem is None:
-                bar.console.print(console.plain(text))
+                bar.console.print(console.plain(text), soft_wrap=True)
             else:
-                bar.console.print(console.plain(line(problem, found, text)))
+                bar.console.print(console.plain(line(problem, found, text)), soft_wrap=True)
                 bar.update(task, description=problem.name)
             bar.update(task, completed=min(bar.tasks[0].elapsed or 0.0, seconds))
 
