@@ -26,8 +26,11 @@ from vllm_accel.ops.gemm import gemm, grouped_gemm, scaled_gemm
 from vllm_accel.ops.merge import merge_attention
 from vllm_accel.ops.mla import attention_mla
 from vllm_accel.ops.module import Attention
+from vllm_accel.ops.moe import fused_moe
+from vllm_accel.ops.moe_module import MoE
 from vllm_accel.ops.paged import attention_paged
 from vllm_accel.ops.quantize import quantize_fp8, quantize_int8
+from vllm_accel.ops.quantized_linear import QuantizedLinear
 from vllm_accel.ops.warmup import warmup
 from vllm_accel.ops.write_kv import write_kv
 
@@ -40,7 +43,9 @@ __all__ = [
     "CacheStep",
     "Candidate",
     "Device",
+    "MoE",
     "PagedKVCache",
+    "QuantizedLinear",
     "Reason",
     "Scaling",
     "Selection",
@@ -53,6 +58,7 @@ __all__ = [
     "attention_varlen",
     "backends",
     "explain",
+    "fused_moe",
     "gemm",
     "grouped_gemm",
     "merge_attention",

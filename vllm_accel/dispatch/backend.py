@@ -143,7 +143,7 @@ class GemmArgs(NamedTuple):
 
     offs: int32 (E,), contiguous: ends of the groups (GROUPED_M, GROUPED_K). bias: (N,), or (E, N) for GROUPED_M and
     BATCHED, in the result's dtype. scale_a, scale_b: fp32, of the shapes that `Scaling` gives, any strides.
-    full: the caller knows that offs[-1] is the number of rows, so that there is nothing past it to be zeroed.
+    full: offs are in order and within the rows, and nobody reads rows past offs[-1], so that those need not be zeroed.
     """
 
     offs: Tensor | None = None

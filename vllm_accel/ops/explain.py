@@ -15,8 +15,9 @@ from vllm_accel.dispatch.selection import Selection
 from vllm_accel.dispatch.selector import Question, assumes_available, select
 from vllm_accel.ops import attention as attention_ops
 from vllm_accel.ops import gemm as gemm_ops
-from vllm_accel.ops import gemm_arguments, gemm_run, run
+from vllm_accel.ops import gemm_arguments, gemm_run, moe_arguments, run
 from vllm_accel.ops import mla as mla_ops
+from vllm_accel.ops import moe as moe_ops
 from vllm_accel.ops import paged as paged_ops
 from vllm_accel.ops.arguments import Options, describe
 from vllm_accel.ops.extras import Extras, needs_grad, with_four_dims
@@ -119,6 +120,16 @@ def _gemm(given: dict[str, Any]) -> _Described:
     return gemm_arguments.spec_of(described.kind), described.sizes, asked, asked_by
 
 
+def _moe(given: dict[str, Any]) -> _Described:
+    x, w_gate_up, w_down = given["x"], given["w_gate_up"], given["w_down"]
+    rest = {name: value for name, value in given.items() if name not in ("x", "backend")}
+    args, options = moe_ops.arguments(**rest)
+    grad = gemm_run.needs_grad(x, w_gate_up, w_down, args.topk_weights, args.bias_gate_up, args.bias_down)
+    described = moe_arguments.describe_moe(x, w_gate_up, w_down, args, options, grad)
+    asked, asked_by = gemm_run.asked_for(given["backend"], override.variable("gemm").get())
+    return gemm_arguments.spec_of(described.kind), described.sizes, asked, asked_by
+
+
 _DESCRIBE: dict[Callable[..., Any], Callable[[dict[str, Any]], _Described]] = {
     attention_ops.attention: _attention,
     attention_ops.attention_varlen: _attention,
@@ -127,6 +138,7 @@ _DESCRIBE: dict[Callable[..., Any], Callable[[dict[str, Any]], _Described]] = {
     gemm_ops.gemm: _gemm,
     gemm_ops.grouped_gemm: _gemm,
     gemm_ops.scaled_gemm: _gemm,
+    moe_ops.fused_moe: _moe,
 }
 #: Calls of the operation "gemm"; the others are attention.
-_PRODUCTS = (gemm_ops.gemm, gemm_ops.grouped_gemm, gemm_ops.scaled_gemm)
+_PRODUCTS = (gemm_ops.gemm, gemm_ops.grouped_gemm, gemm_ops.scaled_gemm, moe_ops.fused_moe)

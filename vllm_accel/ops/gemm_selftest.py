@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_accel.dispatch import warm
-from vllm_accel.dispatch.backend import Backend, GemmArgs
+from vllm_accel.dispatch.backend import Backend, GemmArgs, MoeArgs
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.gemm_spec import Form, GemmSpec, Scaling
 from vllm_accel.dispatch.spec import Feature, bucket
@@ -30,10 +30,9 @@ def same_bits(spec: GemmSpec, backend: Backend, device: Device) -> bool:
     where = torch.device(device.type, device.index) if device.type == "cuda" else torch.device(device.type)
     invariant = Feature.BATCH_INVARIANT in spec.features
     company = _COMPANIONS if invariant else ((5, 40),) * 3
-    if spec.form is Form.MOE:
-        return warm.record_self_test(name, backend.name, device, True)  # made of proven products and sums by token
+    run = _tokens_of_interest if spec.form is Form.MOE else _rows_of_interest
     with torch.no_grad():
-        outs = [_rows_of_interest(spec, backend, device, where, before, after) for before, after in company]
+        outs = [run(spec, backend, device, where, before, after) for before, after in company]
     passed = all(torch.equal(outs[0], out) for out in outs[1:])
     return warm.record_self_test(name, backend.name, device, passed)
 
@@ -76,6 +75,31 @@ def _rows_of_interest(
     if form is Form.GROUPED_K:
         return out[1]
     return (out[1] if form is Form.BATCHED else out)[before : before + _ROWS]
+
+
+def _tokens_of_interest(
+    spec: GemmSpec, backend: Backend, device: Device, where: torch.device, before: int, after: int
+) -> Tensor:
+    """Return a layer's output for the tested tokens, among `before` and `after` others."""
+    generator = torch.Generator().manual_seed(before * 1000 + after)
+    own = torch.Generator().manual_seed(7)
+    total, experts, top_k, hidden, inner = before + _ROWS + after, 4, 2, 128, 192
+    x = torch.randn(total, hidden, generator=generator)
+    ids = torch.randint(0, experts, (total, top_k), generator=generator)
+    mine = slice(before, before + _ROWS)
+    x[mine] = torch.randn(_ROWS, hidden, generator=own)
+    ids[mine] = torch.randint(0, experts, (_ROWS, top_k), generator=own)
+    w_gate_up = torch.randn(experts, hidden, 2 * inner, generator=own)
+    w_down = torch.randn(experts, inner, hidden, generator=own)
+    weights = [_as(w, spec.b_dtype).to(where) for w in (w_gate_up, w_down)]
+    scales = [_ones(spec.scaling_b, w, True, False) for w in weights]
+    args = MoeArgs(torch.full((total, top_k), 0.5, device=where), ids.to(where), None, None, *scales)
+    tested = replace(
+        spec, m=bucket(total), n=hidden, k=inner, groups=experts, top_k=top_k,
+        features=spec.features & ~(Feature.BIAS | Feature.GRAD),
+    )  # fmt: skip
+    out: Tensor = backend.bind(tested, device).forward(x.to(spec.dtype).to(where), *weights, args)
+    return out[mine]
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:

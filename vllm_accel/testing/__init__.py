@@ -14,6 +14,7 @@ from vllm_accel.testing.conformance_gemm import check_gemm_backend, check_gemm_c
 from vllm_accel.testing.conformance_paged import check_paged_backend, check_paged_call, paged_kernel_call
 from vllm_accel.testing.oracle import attention_oracle, attention_paged_oracle, attention_varlen_oracle
 from vllm_accel.testing.oracle_gemm import product_oracle
+from vllm_accel.testing.oracle_moe import moe_oracle
 
 __all__ = [
     "CASES",
@@ -34,6 +35,7 @@ __all__ = [
     "check_paged_call",
     "gemm_kernel_call",
     "kernel_call",
+    "moe_oracle",
     "paged_kernel_call",
     "product_oracle",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vllm_accel.backends.gemm.groups import by_group, spread
+from vllm_accel.backends.gemm.moe import bind_moe, with_moe
 from vllm_accel.backends.gemm.products import FloatProducts, ScaledProducts, zeros_of
 from vllm_accel.dispatch.backend import GemmArgs, TorchBackend
 from vllm_accel.dispatch.capability import Rule
@@ -29,19 +30,23 @@ class CpuGemm(TorchBackend):
     """The GEMM backend `cpu`."""
 
     name = "cpu"
-    capability = GemmCapability(
-        platforms=frozenset({"cpu"}),
-        dtypes=FLOATS | FP8 | {torch.int8},
-        b_dtypes=FP8,
-        out_dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-        forms=frozenset({Form.DENSE, Form.GROUPED_M, Form.GROUPED_K, Form.BATCHED}),
-        scalings=frozenset({UNSCALED, *((x, y) for x in _FACTORS for y in _FACTORS)}),
-        features=PLAIN_FEATURES | Feature.DETERMINISTIC,
-        rules=(Rule("int8_blocks", lambda spec, device: _int8_blocks(spec)),),
+    capability = with_moe(
+        GemmCapability(
+            platforms=frozenset({"cpu"}),
+            dtypes=FLOATS | FP8 | {torch.int8},
+            b_dtypes=FP8,
+            out_dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+            forms=frozenset({Form.DENSE, Form.GROUPED_M, Form.GROUPED_K, Form.BATCHED}),
+            scalings=frozenset({UNSCALED, *((x, y) for x in _FACTORS for y in _FACTORS)}),
+            features=PLAIN_FEATURES | Feature.DETERMINISTIC,
+            rules=(Rule("int8_blocks", lambda spec, device: _int8_blocks(spec)),),
+        )
     )
 
     def bind(self, spec: GemmSpec, device: Device) -> Any:
         """Return the products of a kind of call."""
+        if spec.form is Form.MOE:
+            return bind_moe(self, spec, device)
         if spec.scaling_a is not Scaling.NONE:
             return ScaledProducts(spec, _int8(spec) if spec.dtype is torch.int8 else _dequantised(spec))
         if spec.dtype in _HALVES and (spec.out_dtype is torch.float32 or not multiplies_halves(spec.dtype)):

@@ -18,6 +18,7 @@ from torch import Tensor
 from vllm_accel.backends.convert import round_up
 from vllm_accel.backends.gemm.align import column_major, copies, padded, row_major
 from vllm_accel.backends.gemm.groups import spread
+from vllm_accel.backends.gemm.moe import bind_moe, with_moe
 from vllm_accel.backends.gemm.products import WORKSPACE, FloatProducts, ScaledProducts, takes_out_dtype
 from vllm_accel.dispatch.backend import TorchBackend
 from vllm_accel.dispatch.capability import Guard, Rule
@@ -98,7 +99,7 @@ class Cublas(TorchBackend):
     """The GEMM backend `cublas`."""
 
     name = "cublas"
-    capability = GemmCapability(
+    capability = with_moe(GemmCapability(
         platforms=frozenset({"cuda", "rocm"}),
         dtypes=FLOATS | FP8 | {torch.int8},
         b_dtypes=FP8,
@@ -112,10 +113,12 @@ class Cublas(TorchBackend):
         size_notes=(Guard("copies", _costs),),
         device_notes=(Rule("upcast", _upcasts),),
         synchronises=(Rule("host_sync", _loop),),
-    )  # fmt: skip
+    ))  # fmt: skip
 
     def bind(self, spec: GemmSpec, device: Device) -> Any:
         """Return the products of a kind of call."""
+        if spec.form is Form.MOE:
+            return bind_moe(self, spec, device)
         if spec.scaling_a is Scaling.NONE:
             return FloatProducts(spec)
         return ScaledProducts(spec, _scaled(spec, device))

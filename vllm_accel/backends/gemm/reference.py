@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_accel.backends.gemm.groups import by_group, spread
+from vllm_accel.backends.gemm.moe import ComposedMoe, bind_moe, with_moe
 from vllm_accel.backends.gemm.products import WORKSPACE
 from vllm_accel.dispatch.backend import GemmArgs, TorchBackend
 from vllm_accel.dispatch.capability import Rule
@@ -35,19 +36,23 @@ class ReferenceGemm(TorchBackend):
     """The GEMM backend `reference`."""
 
     name = "reference"
-    capability = GemmCapability(
-        dtypes=FLOATS | FP8 | {torch.int8},
-        b_dtypes=FP8,
-        out_dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32}),
-        forms=FORMS,
-        scalings=frozenset({UNSCALED, *((x, y) for x in _FACTORS for y in _FACTORS)}),
-        features=PLAIN_FEATURES | Feature.DETERMINISTIC | Feature.BATCH_INVARIANT,
-        rules=(WORKSPACE,),
-        device_notes=(Rule("masks", _every_group),),
+    capability = with_moe(
+        GemmCapability(
+            dtypes=FLOATS | FP8 | {torch.int8},
+            b_dtypes=FP8,
+            out_dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32}),
+            forms=FORMS,
+            scalings=frozenset({UNSCALED, *((x, y) for x in _FACTORS for y in _FACTORS)}),
+            features=PLAIN_FEATURES | Feature.DETERMINISTIC | Feature.BATCH_INVARIANT,
+            rules=(WORKSPACE,),
+            device_notes=(Rule("masks", _every_group),),
+        )
     )
 
-    def bind(self, spec: GemmSpec, device: Device) -> ReferenceGemmKernel:
+    def bind(self, spec: GemmSpec, device: Device) -> ReferenceGemmKernel | ComposedMoe:
         """Return the products of a kind of call."""
+        if spec.form is Form.MOE:
+            return bind_moe(self, spec, device)
         return ReferenceGemmKernel(spec)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vllm_accel.backends.gemm.align import column_major, copies, either_major, padded, row_major
 from vllm_accel.backends.gemm.groups import add_group_bias, zero_past_end
+from vllm_accel.backends.gemm.moe import bind_moe, with_moe
 from vllm_accel.dispatch.backend import GemmArgs, TorchBackend
 from vllm_accel.dispatch.capability import Guard, Rule
 from vllm_accel.dispatch.device import Device
@@ -86,17 +87,19 @@ class TorchGrouped(TorchBackend):
     """The GEMM backend `torch_grouped`."""
 
     name = "torch_grouped"
-    capability = GemmCapability(
-        platforms=frozenset({"cuda", "rocm", "cpu"}),
-        dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn}),
-        out_dtypes=frozenset({torch.bfloat16}),
-        forms=frozenset({Form.GROUPED_M, Form.GROUPED_K, Form.BATCHED}),
-        scalings=frozenset({UNSCALED, _ROWS}),
-        features=PLAIN_FEATURES | Feature.DETERMINISTIC,
-        rules=(Rule("fp8", _fp8), Rule("cpu_kernel", _cpu)),
-        guards=(Guard("groups", _groups),),
-        size_notes=(Guard("copies", _costs),),
-        synchronises=(Rule("host_sync", _fallback),),
+    capability = with_moe(
+        GemmCapability(
+            platforms=frozenset({"cuda", "rocm", "cpu"}),
+            dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn}),
+            out_dtypes=frozenset({torch.bfloat16}),
+            forms=frozenset({Form.GROUPED_M, Form.GROUPED_K, Form.BATCHED}),
+            scalings=frozenset({UNSCALED, _ROWS}),
+            features=PLAIN_FEATURES | Feature.DETERMINISTIC,
+            rules=(Rule("fp8", _fp8), Rule("cpu_kernel", _cpu)),
+            guards=(Guard("groups", _groups),),
+            size_notes=(Guard("copies", _costs),),
+            synchronises=(Rule("host_sync", _fallback),),
+        )
     )
 
     def unavailable_reason(self) -> Reason | None:
@@ -107,6 +110,8 @@ class TorchGrouped(TorchBackend):
 
     def bind(self, spec: GemmSpec, device: Device) -> Any:
         """Return the products of a kind of call."""
+        if spec.form is Form.MOE:
+            return bind_moe(self, spec, device)
         return TorchGroupedKernel(spec, device)
 
 

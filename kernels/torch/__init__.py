@@ -1,0 +1,1 @@
+"""Kernels made of PyTorch's operators alone: for every device, without host synchronisation."""
