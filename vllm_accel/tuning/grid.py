@@ -76,17 +76,17 @@ def ragged(batch: int, n_q: int, n_k: int, seed: int = 0) -> tuple[tuple[int, in
 
 def attention_grid(device: Device) -> tuple[AttentionProblem, ...]:
     """Return the dense and packed calls to measure on a device."""
-    return _fitting(_CPU_ATTENTION if device.type == "cpu" else _gpu_attention(), device)
+    return _fitting(_CPU_ATTENTION if device.type == "cpu" else gpu_attention(), device)
 
 
 def paged_grid(device: Device) -> tuple[AttentionProblem, ...]:
     """Return the calls over a paged cache to measure on a device."""
-    return _fitting(_CPU_PAGED if device.type == "cpu" else _gpu_paged(), device)
+    return _fitting(_CPU_PAGED if device.type == "cpu" else gpu_paged(), device)
 
 
 def works(device: Device) -> tuple[Work, ...]:
     """Return the kinds of work of both grids."""
-    return (*_CPU_ATTENTION, *_CPU_PAGED) if device.type == "cpu" else (*_gpu_attention(), *_gpu_paged())
+    return (*_CPU_ATTENTION, *_CPU_PAGED) if device.type == "cpu" else (*gpu_attention(), *gpu_paged())
 
 
 def fits(problem: AttentionProblem, device: Device) -> bool:
@@ -133,7 +133,8 @@ def _middle_first(points: list[tuple[int, int, int]]) -> tuple[tuple[int, int, i
     return tuple(sorted(points, key=distance))
 
 
-def _gpu_attention() -> tuple[Work, ...]:
+def gpu_attention() -> tuple[Work, ...]:
+    """Return the kinds of dense and packed work on a GPU, most important first."""
     both, bf16 = (torch.bfloat16, torch.float16), (torch.bfloat16,)
     square = _lattice((1, 4, 16), (256, 1024, 4096, 16384))
     wide = _lattice((1, 4, 16), (256, 1024, 4096))
@@ -161,7 +162,8 @@ def _gpu_attention() -> tuple[Work, ...]:
     )
 
 
-def _gpu_paged() -> tuple[Work, ...]:
+def gpu_paged() -> tuple[Work, ...]:
+    """Return the kinds of work over a paged cache on a GPU, most important first."""
     both, bf16 = (torch.bfloat16, torch.float16), (torch.bfloat16,)
     decode = _caches((4, 16, 64), (1,), (512, 2048, 8192, 32768))
     few = _caches((4, 32), (1,), (2048, 8192))

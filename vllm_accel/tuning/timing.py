@@ -97,7 +97,7 @@ class CudaClock:
                 for _ in range(_GRAPH_CALLS):
                     call()
             return self.seconds_of_replay(graph)
-        except RuntimeError:  # not what can be captured
+        except Exception:  # not what can be captured
             torch.cuda.synchronize(self._device)
             return None
 

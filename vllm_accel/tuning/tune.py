@@ -21,7 +21,7 @@ from vllm_accel.tuning.problem import Problem, contestants
 from vllm_accel.tuning.trial import HOPELESS, ROUNDS, Measured, PoisonedError, measure
 
 #: The share of the time that compiling may take, and the seconds that loading compiled kernels may take at the end.
-_BUILD_SHARE, _LOAD_SECONDS = 0.4, 20.0
+_BUILD_SHARE, _LOAD_SECONDS = 0.4, 15.0
 
 
 @dataclass(frozen=True, slots=True)
