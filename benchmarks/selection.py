@@ -1,9 +1,9 @@
 """``python -m benchmarks.selection``: how much longer the chosen backend takes than the best one (the regret).
 
 Calls that are not in the tuned grid are drawn by a committed seed. On each, every backend that automatic choice may
-take is checked and timed; the regret is the time of the chosen one over that of the fastest, 1 within the noise of the two.
-Beside it: the regret of the shipped order. Calls are contested where the fastest is not the first of that order. Where
-lengths change from call to call, what a new length costs a backend counts, shared by the layers of one step.
+take is checked and timed; the regret is the time of the chosen one over that of the fastest, 1 within the noise of the
+two. Beside it: the regret of the shipped order. Calls are contested where the fastest is not the first of that order.
+Where lengths change from call to call, what a new length costs a backend counts, shared by the layers of one step.
 """
 
 from __future__ import annotations
