@@ -18,7 +18,8 @@ from examples.serve import __main__ as program
 from examples.serve.decoder import Decoder, Sizes
 from examples.serve.engine import Engine, Request, one_by_one, serve
 from host import FIRST_ON_CPU
-from vllm_accel import CacheFullError
+from vllm_accel import CacheFullError, attention
+from vllm_accel.ops import shared_prefix
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Sizes(vocabulary=97, layers=2, heads=4, kv_heads=2, head_dim=16, inner=96)
@@ -211,3 +212,24 @@ def test_the_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 def test_the_program_says_what_is_wrong(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main([*ARGUMENTS, *arguments]) == 2
     assert text in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_page_about_serving_runs() -> None:
+    """Its pieces of Python one after another, as a reader would type them; then what they say."""
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    pieces = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(pieces) == 2
+    exec(pieces[0], names)
+    assert names["out"].shape == (40, 8, 64) and names["cache"].length(names["first"]) == 41
+    assert names["step"].prefix_blocks == 2 and names["cache"].sequences == (names["first"],)
+    exec(pieces[1], names)
+    want = attention(*(names[x][None] for x in "qkv"), causal=True).flatten(2)
+    assert (names["prompt"] - want).abs().max() < 1e-5
+    assert names["token"].shape == (1, 1, 8, 64) and names["cache"].length(0) == 41
+
+
+def test_the_page_names_the_limits_of_the_code() -> None:
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    for device, words in (("cpu", "from 48 MiB on on the CPU"), ("cuda", "from 512 MiB on on a GPU")):
+        assert words in " ".join(text.split()) and f"{shared_prefix.MIN_SAVED[device] >> 20} MiB" in words

@@ -5,9 +5,11 @@ library (which may also take one that compiles at its first call). The functions
 return no gradient of a bias. Read in xformers 0.0.35, xformers/ops/fmha/{__init__, common, cutlass, flash}.py; mslk
 1.1.0 has the same in mslk/attention/fmha.
 
-Its masks for paged caches are not used, keys and values are copied out of their blocks (`gather`): flash.py takes these
-masks only with a FlashAttention of its own, not with PyTorch's kernels (``_is_paged_attention_supported``), and
-triton_splitk.py wants one number of queries for all sequences, known on the host.
+Its masks for paged caches (``PagedBlockDiagonal...``) are not used, keys and values are copied out of their blocks
+(`gather`). flash.py and flash3.py take these masks only with a FlashAttention package beside them, which `flash_attn_2`
+and `flash_attn_3` call themselves, and not with PyTorch's kernels (``_is_paged_attention_supported``). triton_splitk.py
+compiles for every batch size and every width of the table (``Z``, ``N_CTX_K`` and ``kv_cache_blocks_per_row`` are
+constexpr in _triton/splitk_kernels.py), and both change from step to step.
 """
 
 from __future__ import annotations
