@@ -8,7 +8,8 @@
 #include "cutlass/gemm/kernel/gemm_grouped.h"
 #include "setup.cuh"
 
-namespace {
+// Named: nvcc 13.0 does not find a kernel's template argument in an unnamed namespace.
+namespace vllm_accel {
 
 using Element = ELEMENT;
 using Rows = cutlass::layout::RowMajor;
@@ -61,17 +62,19 @@ Groups carve(grouped::Carve& from, int count) {
   return g;
 }
 
-}  // namespace
+}  // namespace vllm_accel
+
+using namespace vllm_accel;
 
 // Bytes of workspace for `groups`.
-extern "C" int64_t vllm_accel_workspace(int32_t groups, int32_t) {
+VLLM_ACCEL_EXPORT int64_t vllm_accel_workspace(int32_t groups, int32_t) {
   grouped::Carve counted{nullptr};
   carve(counted, groups);
   return reinterpret_cast<int64_t>(counted.at);
 }
 
 // Launch. Returns 0, a cutlass::Status, or 1000 + a cudaError_t.
-extern "C" int32_t vllm_accel_grouped_gemm(VllmAccelGroupedGemm const* call) {
+VLLM_ACCEL_EXPORT int32_t vllm_accel_grouped_gemm(VllmAccelGroupedGemm const* call) {
   cudaStream_t const stream = static_cast<cudaStream_t>(call->stream);
   grouped::Carve from{static_cast<char*>(call->workspace)};
   Groups const g = carve(from, call->groups);

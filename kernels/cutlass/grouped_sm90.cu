@@ -13,10 +13,10 @@
 #include "cutlass/gemm/dispatch_policy.hpp"
 #include "cutlass/gemm/group_array_problem_shape.hpp"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
-#include "cutlass/util/packed_stride.hpp"
 #include "setup.cuh"
 
-namespace {
+// Named: nvcc 13.0 does not find a kernel's template argument in an unnamed namespace.
+namespace vllm_accel {
 
 using namespace cute;
 
@@ -151,10 +151,12 @@ typename Gemm::Arguments arguments_of(VllmAccelGroupedGemm const& call, Groups c
   return made;
 }
 
-}  // namespace
+}  // namespace vllm_accel
+
+using namespace vllm_accel;
 
 // Bytes of workspace for `groups` on a device with `sms` multiprocessors.
-extern "C" int64_t vllm_accel_workspace(int32_t groups, int32_t sms) {
+VLLM_ACCEL_EXPORT int64_t vllm_accel_workspace(int32_t groups, int32_t sms) {
   grouped::Carve counted{nullptr};
   VllmAccelGroupedGemm call{};
   call.groups = groups;
@@ -164,7 +166,7 @@ extern "C" int64_t vllm_accel_workspace(int32_t groups, int32_t sms) {
 }
 
 // Launch. Returns 0, a cutlass::Status, or 1000 + a cudaError_t.
-extern "C" int32_t vllm_accel_grouped_gemm(VllmAccelGroupedGemm const* call) {
+VLLM_ACCEL_EXPORT int32_t vllm_accel_grouped_gemm(VllmAccelGroupedGemm const* call) {
   cudaStream_t const stream = static_cast<cudaStream_t>(call->stream);
   grouped::Carve from{static_cast<char*>(call->workspace)};
   Groups const g = carve(from, call->groups);

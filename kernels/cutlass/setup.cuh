@@ -5,6 +5,8 @@
 #include <cuda_runtime.h>
 #include <cstdint>
 
+#define VLLM_ACCEL_EXPORT extern "C" __attribute__((visibility("default")))
+
 namespace grouped {
 
 // Operands of one launch: a (T, K) by rows, b (E, K, N), out (T, N) by rows; strides in elements.

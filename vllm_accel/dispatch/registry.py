@@ -38,6 +38,7 @@ BUILT_IN: dict[tuple[str, str], str] = {
     ("gemm", "cublas"): "vllm_accel.backends.gemm.cublas:BACKEND",
     ("gemm", "torch_grouped"): "vllm_accel.backends.gemm.torch_grouped:BACKEND",
     ("gemm", "cpu"): "vllm_accel.backends.gemm.cpu:BACKEND",
+    ("gemm", "cutlass"): "vllm_accel.backends.gemm.cutlass:BACKEND",
     ("gemm", "triton"): "vllm_accel.backends.gemm.triton:BACKEND",
 }
 

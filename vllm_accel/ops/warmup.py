@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from vllm_accel.dispatch import override, registry, warm
-from vllm_accel.dispatch.selection import State
+from vllm_accel.dispatch import override, plan, registry, warm
+from vllm_accel.dispatch.selection import Selection, State
 from vllm_accel.ops.explain import explain
 
 
 def warmup(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, ...]:
     """Run ``fn(*args, **kwargs)`` once on every backend that automatic choice holds back until it is compiled.
 
+    A backend whose kernels come from a compiler of its own (`cutlass`: nvcc) builds the one for this call first.
     Afterwards automatic choice may take those backends for calls of this kind at any length, in this process. A
     backend that fails to build is left out and logged by the call that needed it.
 
@@ -29,6 +30,8 @@ def warmup(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, ...]
         As `explain`; a backend that cannot be built raises its own error.
     """
     selection = explain(fn, *args, **kwargs)
+    if built := _build(selection):
+        selection = explain(fn, *args, **kwargs)
     held = [
         c.name
         for c in selection.candidates
@@ -41,4 +44,17 @@ def warmup(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, ...]
         if first.requires_grad:
             first.backward(torch.zeros_like(first))
         warm.mark_warm(selection.op, registry.get(selection.op, name).name, selection.spec, selection.device)
-    return tuple(held)
+    return (*built, *held)
+
+
+def _build(selection: Selection) -> tuple[str, ...]:
+    """Build what backends with a compiler of their own would need for this call; return their names."""
+    built = []
+    for candidate in selection.candidates:
+        if candidate.reasons and all(reason.code == "not_built" for reason in candidate.reasons):
+            backend: Any = registry.get(selection.op, candidate.name)
+            backend.build(selection.spec, selection.device)
+            built.append(candidate.name)
+    if built:
+        plan.invalidate()
+    return tuple(built)
