@@ -24,7 +24,7 @@ from benchmarks.workers import Done, Task, run_all
 
 WORKERS = 12
 #: Of the budget, for checks and for compiling what will be timed.
-CHECKS, COMPILES = 0.45, 0.15
+CHECKS = 0.6
 
 
 class Run:
@@ -62,12 +62,28 @@ def prepare_cutlass(carried: Path | None) -> bool:
     return True
 
 
-def check_all(run: Run, cutlass: bool) -> None:
-    """Run every check, side by side."""
-    names = [name for name in engines.engines() if cutlass or name != "cutlass"]
-    tasks = [Task(f"{name}: {case}", engines.check, (name, case)) for name in names for case in CASES]
+def check_and_compile(run: Run, cutlass: bool) -> None:
+    """Run every check, and compile what will be timed without a product's memory, side by side."""
+    checks = {
+        name: [Task(f"{name}: {case}", engines.check, (name, case)) for case in CASES]
+        for name in engines.engines()
+        if cutlass or name != "cutlass"
+    }
+    compiles = [
+        Task(f"{timed.name} {tile}", engines.warm, (timed.case, tile)) for timed in TIMED for tile in timed.tiles
+    ]
+    tasks = [
+        *checks.pop("triton"),
+        *checks.pop("cutlass", ()),
+        *compiles,
+        *(task for rest in checks.values() for task in rest),
+    ]
 
     def report(done: Done) -> None:
+        if done.task.call is engines.warm:
+            if text := done.error or done.value:
+                print(f"not compiled: {done.task.name}: {text}", flush=True)
+            return
         found = done.value or {"case": done.task.name, "ok": False, "failure": done.error}
         run.found["checks"].append(found)
         if not found["ok"]:
@@ -79,20 +95,13 @@ def check_all(run: Run, cutlass: bool) -> None:
     run.write()
 
 
-def compile_all(run: Run) -> None:
-    """Compile what will be timed, side by side, without a product's memory."""
-    tasks = [Task(f"{timed.name} {tile}", engines.warm, (timed.case, tile)) for timed in TIMED for tile in timed.tiles]
-
-    def report(done: Done) -> None:
-        if text := done.error or done.value:
-            print(f"not compiled: {done.task.name}: {text}", flush=True)
-
-    run_all(tasks, WORKERS, run.until(CHECKS + COMPILES), report)
-    print(f"compiled; {run.until(1) - time.monotonic():.0f} s left", flush=True)
-
-
 def time_all(run: Run) -> None:
-    """Time the shapes one after another, the most important first, in a process that may be lost."""
+    """Time the shapes one after another, the most important first, in a process that may be lost.
+
+    CUTLASS takes part if its checks were all right: a fault would end the process, and every time of the shape with it.
+    """
+    found = [check for check in run.found["checks"] if "cutlass" in str(check.get("engine", check["case"]))]
+    cutlass = bool(found) and all(check["ok"] for check in found)
 
     def report(done: Done) -> None:
         found = done.value or {"name": done.task.name, "failure": done.error}
@@ -100,7 +109,7 @@ def time_all(run: Run) -> None:
         print(done.task.name, json.dumps(found.get("us", found)), json.dumps(found.get("refused", {})), flush=True)
         run.write()
 
-    run_all([Task(timed.name, engines.contest, (timed,)) for timed in TIMED], 1, run.until(1), report)
+    run_all([Task(timed.name, engines.contest, (timed, cutlass)) for timed in TIMED], 1, run.until(1), report)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,8 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("this needs a GPU; --dry-run lists what it would do")
     run = Run(asked.out, asked.budget)
-    check_all(run, prepare_cutlass(asked.cutlass))
-    compile_all(run)
+    check_and_compile(run, prepare_cutlass(asked.cutlass))
     time_all(run)
     return 0 if all(found["ok"] for found in run.found["checks"]) else 1
 

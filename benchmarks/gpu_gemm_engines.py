@@ -83,7 +83,10 @@ def cutlass_call(case: Case, given: Inputs) -> Callable[[], Tensor]:
         raise KeyError("needs copies")
     wanted = build.variant(arch, kind, case.along == "k", given.a.shape[0] <= 64 * len(case.sizes))
     carried = Path(os.environ.get(LIBRARIES, ""), f"{wanted}.so")
-    launch = library.load(carried if carried.is_file() else build.path_of(wanted))
+    path = carried if carried.is_file() else build.path_of(wanted)
+    if not path.is_file():
+        raise KeyError(f"{wanted} is not built")
+    launch = library.load(path)
     of_a = None if given.a_factors is None else given.a_factors[0].contiguous()
     of_b = None if given.b_factors is None else given.b_factors.transpose(1, 2).contiguous()
     assert given.offs is not None
@@ -193,13 +196,13 @@ def time_calls(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def contest(timed: Timed) -> dict[str, Any]:
+def contest(timed: Timed, cutlass: bool) -> dict[str, Any]:
     """Check and time every contestant of one shape."""
     case = timed.case
     given = cases.draw(case, torch.device("cuda"))
     made: dict[str, Any] = {"name": timed.name, "case": str(case), "refused": {}, "error": {}}
     calls: dict[str, Callable[[], Tensor]] = {}
-    for name, build in _contestants(timed, given):
+    for name, build in _contestants(timed, given, cutlass):
         try:
             call = build()
             made["error"][name] = sample_error(case, given, call())
@@ -222,12 +225,13 @@ def contest(timed: Timed) -> dict[str, Any]:
     return made
 
 
-def _contestants(timed: Timed, given: Inputs) -> Iterator[tuple[str, Callable[[], Callable[[], Tensor]]]]:
+def _contestants(
+    timed: Timed, given: Inputs, cutlass: bool
+) -> Iterator[tuple[str, Callable[[], Callable[[], Tensor]]]]:
     for tile in timed.tiles:
         yield f"triton {list(tile)}", functools.partial(triton_call, timed.case, given, tile)
-    for name, engine in engines().items():
-        if not name.startswith("triton"):
-            yield name, functools.partial(engine, timed.case, given)
+    if cutlass:
+        yield "cutlass", functools.partial(cutlass_call, timed.case, given)
 
 
 def _short(failure: BaseException) -> str:
