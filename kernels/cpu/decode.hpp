@@ -103,8 +103,8 @@ AI void pair_values(const char* a, const char* b, int n, vf& low, vf& high) {
 }
 #endif
 
-// o[N rows][M vectors] += p * values, columns from d on; n keys.
-template <class P, int T, int N, int M> AI void add_values(const float* s, const float* p, const char* const* v,
+// o[N rows][M vectors] += p * values, columns from d on; n keys. WHOLE: no column is past the end.
+template <class P, int T, int N, int M, bool WHOLE> AI void add_values(const float* s, const float* p, const char* const* v,
                                                            int64_t offset, int d, int dim, int n, float* o, int ldo,
                                                            const char* const* next, int64_t next_offset, int next_bytes) {
   constexpr bool PAIRS = in_pairs<P, T>;
@@ -122,10 +122,14 @@ template <class P, int T, int N, int M> AI void add_values(const float* s, const
     if constexpr (PAIRS) {
 #if HAS_DOT
       UNROLL for (int x = 0; x < M; x += 2)
-        pair_values(row + x * VL * 2, v[k + 1] + at + x * VL * 2, dim - d - x * VL, value[x], value[x + 1]);
+        pair_values(row + x * VL * 2, v[k + 1] + at + x * VL * 2, WHOLE ? 2 * VL : dim - d - x * VL, value[x],
+                    value[x + 1]);
 #endif
     } else {
-      UNROLL for (int x = 0; x < M; x++) value[x] = load_part<T>(row + x * VL * type_size(T), dim - d - x * VL);
+      UNROLL for (int x = 0; x < M; x++) {
+        const char* at_x = row + x * VL * type_size(T);
+        value[x] = WHOLE ? load_as<T>(at_x) : load_part<T>(at_x, dim - d - x * VL);
+      }
     }
     UNROLL for (int y = 0; y < N; y++) {
       const vf weight = set1(PAIRS ? p[y * CH + k / 2] : s[y * CH + k]);
@@ -190,12 +194,16 @@ template <class P, int T> static __attribute__((noinline)) void value_chunk(
     int d = 0;
     const char* const* ahead = y == 0 ? next : nullptr;
     int64_t from = next_offset;
+    for (; d + M * VL <= j.dim_v; d += M * VL, from += part)
+      add_values<P, T, N, M, true>(s + y * CH, p + y * CH, v, offset, d, j.dim_v, n, o + y * at.ldo, at.ldo, ahead,
+                                   from, part);
     for (; d + M * VL <= round_up(j.dim_v, width); d += M * VL, from += part)
-      add_values<P, T, N, M>(s + y * CH, p + y * CH, v, offset, d, j.dim_v, n, o + y * at.ldo, at.ldo, ahead, from,
-                             part);
+      add_values<P, T, N, M, false>(s + y * CH, p + y * CH, v, offset, d, j.dim_v, n, o + y * at.ldo, at.ldo, ahead,
+                                    from, part);
     constexpr int W = in_pairs<P, T> ? 2 : 1;
     for (; d < j.dim_v; d += W * VL)
-      add_values<P, T, N, W>(s + y * CH, p + y * CH, v, offset, d, j.dim_v, n, o + y * at.ldo, at.ldo, nullptr, 0, 0);
+      add_values<P, T, N, W, false>(s + y * CH, p + y * CH, v, offset, d, j.dim_v, n, o + y * at.ldo, at.ldo, nullptr,
+                                    0, 0);
   });
 }
 

@@ -1,7 +1,9 @@
 // Prefill: packed keys and values, blocks of query rows, online softmax (Milakov and Gimelshein 2018; Dao et al. 2022).
 
-// Keys of a block: scores of a row tile and the block's packed keys stay in L1 and L2 (EPYC 9xx4 1 MiB, Zen 5 1 MiB).
-constexpr int KB = 512;
+// Keys of a block: scores of a row tile and the block's packed keys and values stay in L1 and L2. With AVX-512 1 MiB of
+// L2 (EPYC 9xx4, Zen 5); machines that stop at AVX2 have half of it (EPYC 7xx3, 128 wide in fp32: 256 keys were 1.1
+// times faster, 2026-11-27).
+constexpr int KB = NC == 4 ? 512 : 256;
 
 template <class P> static size_t packed_bytes(const Job& j, int n_k, bool values) {
   const int64_t keys = round_up(n_k, PK);

@@ -72,8 +72,8 @@ template <class P, int T> static void pack_panel(float* to, const char* const* r
 
 // Up to VL elements as the bits of bf16 numbers.
 template <int T> AI vu load_bf16(const char* p, int n) {
-  if (T == BF16 && n >= VL) return __builtin_convertvector(*reinterpret_cast<const vh_any*>(p), vu);
-  return __builtin_convertvector(to_bf16(load_part<T>(p, n)), vu);
+  if (T == BF16 && n >= VL) return wide(*reinterpret_cast<const vh_any*>(p));
+  return wide(to_bf16(load_part<T>(p, n)));
 }
 
 // Rows for the second product: [row / PAIR][padded dim] words; with pairs, word = (row 2i, row 2i + 1) of one column.
@@ -98,11 +98,14 @@ template <class P> static __attribute__((noinline)) void score_tile(const float*
                                                                     int words, float* c, int ldc) {
   vf sum[MR][NC];
   UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NC; j++) sum[i][j] = vf{};
-  for (int w = 0; w < words; w++, panel += PK) {
+  // A pointer for each row: an index made from i * lda took two more instructions for each broadcast.
+  const float* row[MR];
+  UNROLL for (int i = 0; i < MR; i++) row[i] = a + static_cast<int64_t>(i) * lda;
+  for (int64_t w = 0; w < words; w++, panel += PK) {
     vf b[NC];
     UNROLL for (int j = 0; j < NC; j++) b[j] = load(panel + VL * j);
     UNROLL for (int i = 0; i < MR; i++) {
-      const vf x = set1(a[i * lda + w]);
+      const vf x = set1(row[i][w]);
       UNROLL for (int j = 0; j < NC; j++) sum[i][j] = P::mac(sum[i][j], x, b[j]);
     }
   }
@@ -118,11 +121,13 @@ template <class P, int N> static __attribute__((noinline)) void value_tile(const
     sum[i][j] = load(o + i * ldo + VL * j);
     if (factor) sum[i][j] *= set1(factor[i]);
   }
-  for (int w = 0; w < words; w++, v += ldv) {
+  const float* row[MR];
+  UNROLL for (int i = 0; i < MR; i++) row[i] = p + static_cast<int64_t>(i) * ldp;
+  for (int64_t w = 0; w < words; w++, v += ldv) {
     vf b[N];
     UNROLL for (int j = 0; j < N; j++) b[j] = load(v + VL * j);
     UNROLL for (int i = 0; i < MR; i++) {
-      const vf x = set1(p[i * ldp + w]);
+      const vf x = set1(row[i][w]);
       UNROLL for (int j = 0; j < N; j++) sum[i][j] = P::mac(sum[i][j], x, b[j]);
     }
   }
