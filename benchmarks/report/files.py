@@ -1,0 +1,132 @@
+"""Result files of the benchmarks, told apart by what is in them, and their attention timings in one form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_accel.tuning.shape import Shape
+
+#: What a file is, by a key that only such a file has. A file without a known one is listed, not drawn.
+KINDS = ("shapes", "lengths", "sections", "known_bad", "measured")
+_SHAPE_FIELDS = {f.name for f in fields(Shape)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """One result file. kind: of `KINDS`, "conformance", "selection", "cpu", "gemm" or "other"; data: as written."""
+
+    path: Path
+    kind: str
+    data: Any
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Return the machine, the versions, the date and the command."""
+        about = self.data.get("about", {}) if isinstance(self.data, dict) else {}
+        return about if isinstance(about, dict) else {}
+
+    @property
+    def hardware(self) -> str:
+        """Name what was measured: the GPU, else the processor."""
+        device = str(self.about.get("device", ""))
+        if "(" in device:  # "cuda:0 (NVIDIA H200, sm_90)"
+            device = device.partition("(")[2].split(",")[0].rstrip(")")
+        return str(self.about.get("gpu") or device or self.about.get("cpu") or "unknown hardware")
+
+    def caption(self) -> str:
+        """Say in one line where a number comes from."""
+        about = self.about
+        versions = [f"torch {about['torch']}"] if about.get("torch") else []
+        packages = about.get("packages")
+        if isinstance(packages, dict):
+            versions += [f"{name} {version}" for name, version in packages.items() if name not in ("vllm-accel",)]
+        parts = [self.hardware, ", ".join(versions), str(about.get("date", ""))[:10], str(about.get("command", ""))]
+        return " · ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One backend on one shape.
+
+    Attributes:
+        shape, dtype. backend: contestant. seconds. peak: bytes beyond the inputs, None if unknown.
+        matmul, copy: what the machine gave in the same turns, in operations and bytes a second; None if unknown.
+    """
+
+    source: Source
+    shape: Shape
+    dtype: torch.dtype
+    backend: str
+    seconds: float
+    peak: int | None
+    matmul: float | None
+    copy: float | None
+
+
+def read(paths: Iterable[Path]) -> tuple[list[Source], list[str]]:
+    """Read files and what is below folders; return those that are results, and why the others are not."""
+    sources, rejected = [], []
+    for path in paths:
+        for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
+            try:
+                data = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                rejected.append(f"{file.name}: {type(error).__name__}: {error}")
+            else:
+                sources.append(Source(file, kind_of(data), data))
+    return sources, rejected
+
+
+def kind_of(data: Any) -> str:
+    """Tell what a result file holds."""
+    if not isinstance(data, dict):
+        return "other"
+    for kind in KINDS:
+        if isinstance(data.get(kind), list):
+            return kind
+    if isinstance(data.get("checks"), list) and isinstance(data.get("timed"), list):
+        return "gemm"
+    rows = data.get("results", data.get("rows"))
+    first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
+    if "outcome" in first and ("case" in first or "seconds_in_all" in first):
+        return "conformance"
+    if "shape" in first and isinstance(first.get("results"), list):
+        return "shapes"
+    calls = data.get("calls")
+    if isinstance(calls, list) and calls and "regret" in calls[0]:
+        return "selection"
+    if "of_machine" in first:
+        return "cpu"
+    return "other"
+
+
+def points(sources: Iterable[Source]) -> Iterator[Point]:
+    """Yield every time of attention in the files, one form for all."""
+    for source in sources:
+        if source.kind != "shapes":
+            continue
+        dtype = getattr(torch, str(source.data.get("dtype", "bfloat16")), torch.bfloat16)
+        for report in source.data.get("shapes") or source.data.get("results") or []:
+            if not isinstance(report.get("shape"), dict):
+                continue
+            shape = shape_of(report["shape"])
+            matmul, copy = report.get("matmul_tflops"), report.get("copy_gbs")
+            for result in report.get("results", []):
+                if result.get("seconds"):
+                    yield Point(
+                        source, shape, dtype, result["name"], result["seconds"], result.get("peak"),
+                        matmul * 1e12 if matmul else None, copy * 1e9 if copy else None,
+                    )  # fmt: skip
+
+
+def shape_of(data: dict[str, Any]) -> Shape:
+    """Return the shape that a file describes; what this version does not know of it is left out."""
+    known = {name: value for name, value in data.items() if name in _SHAPE_FIELDS}
+    known["lengths"] = tuple(tuple(pair) for pair in data.get("lengths", ()))
+    return Shape(**known)
