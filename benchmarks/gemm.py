@@ -188,7 +188,7 @@ def _measure(report: Report, contest: Contest, device: torch.device, rounds: int
             report.seconds[name] = timed.seconds
 
 
-def conformance(device: torch.device, names: Sequence[str]) -> dict[str, dict[str, str]]:
+def conformance(device: torch.device, dtype: torch.dtype, names: Sequence[str]) -> dict[str, dict[str, str]]:
     """Hold backends against the oracle in every case of the kit: "right", or what is wrong, or why it refuses."""
     found: dict[str, dict[str, str]] = {}
     for name in names:
@@ -199,7 +199,7 @@ def conformance(device: torch.device, names: Sequence[str]) -> dict[str, dict[st
         found[name] = {}
         for case in GEMM_CASES:
             try:
-                outcome = check_gemm_backend(backend, case, dtype=torch.bfloat16, where=device)
+                outcome = check_gemm_backend(backend, case, dtype=dtype, where=device)
             except Exception as error:  # every case is said, whatever happens to one
                 found[name][case.name] = f"FAILED {timing.text_of(error)}"
             else:
@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(machine.describe(facts), f"{dtype}", "", sep="\n", flush=True)
     if given.check:
         names = given.backends.split(",") if given.backends else registry.names("gemm")
-        outcomes = conformance(device, names)
+        outcomes = conformance(device, dtype, names)
         if given.json:
             given.json.write_text(json.dumps({"about": facts, "cases": outcomes}, indent=1) + "\n")
         return 1 if any(text.startswith("FAILED") for cases in outcomes.values() for text in cases.values()) else 0
