@@ -26,6 +26,7 @@ from vllm_accel.dispatch.estimate import distance_of
 from vllm_accel.dispatch.table_file import parse
 from vllm_accel.tuning import attention, build, families, grid, timing, trial, tune
 from vllm_accel.tuning.attention import AttentionProblem
+from vllm_accel.tuning.gemm import GemmProblem, Product
 from vllm_accel.tuning.problem import contestants
 from vllm_accel.tuning.shape import Shape
 from vllm_accel.tuning.tune import Job
@@ -116,7 +117,7 @@ def test_what_is_hopeless_is_timed_once_and_then_left_out(toy: Any) -> None:
     assert slow.runs == 3  # the check, one time, and once more to be sure
     longer = problem(Shape("longer", "prefill", seqlen_q=32, seqlen_k=32, heads=4, kv_heads=2, head_dim=16))
     done, told = tuned(problem(), longer)
-    assert done.measured == 1 and slow.runs == 3 and "quick" in told[0][1].row.times
+    assert done.measured == 1 and slow.runs == 3 and told[0][1].row.times
     assert "slow" not in told[0][1].row.times
 
 
@@ -152,6 +153,29 @@ def test_what_was_measured_decides(toy: Any) -> None:
     assert "measured table" in found.decided_by
     times = {c.name: c.estimate.seconds for c in found.candidates if c.estimate}
     assert times["slow"] > 0.019 and found[found.chosen].estimate.seconds < 0.01
+
+
+@pytest.mark.parametrize("product", [
+    Product("dense", 33, 48, 64), Product("grouped", 70, 48, 64, 4), Product("row", 32, 48, 128, scaling="row"),
+    Product("blocks", 32, 256, 256, 2, scaling="128x128"), Product("columns", 32, 48, 256, scaling="1x128"),
+], ids=lambda p: p.name)  # fmt: skip
+def test_products_are_checked_and_timed(product: Product) -> None:
+    p = GemmProblem(product, torch.bfloat16)
+    found = trial.measure(p, CPU, rounds=2)
+    assert len(found.row.times) >= 2 and not found.row.failed and found.row.op == "gemm"
+    inputs = p.make(CPU)
+    truth, right = p.truth(inputs), p.step(inputs, "reference")()[0]
+    p.verify([right], truth)
+    wrong = right.clone()
+    wrong[-1, -1] += right.abs().max() * 0.1
+    with pytest.raises(AssertionError):
+        p.verify([wrong], truth)
+    assert families.parsed(json.loads(json.dumps(p.to_json()))) == ("gemm", p)
+    assert missing_meta(p) == found.row.spec
+
+
+def missing_meta(p: GemmProblem) -> Any:
+    return p.explain(p.make(torch.device("meta")), detect(CPU)).spec
 
 
 def test_noise_is_half_of_the_middle_half() -> None:
@@ -270,11 +294,12 @@ def test_the_grid_is_unique_fits_and_reads_back(device: str) -> None:
     where = preset(device)
     pairs = families.problems(tuple(families.TUNED), where)
     assert len({p.name for _, p in pairs}) == len(pairs) > 80
-    kinds = {(p.shape.kind, bool(p.shape.lengths), bool(p.shape.block_size)) for _, p in pairs[:40]}
+    first = [p.shape for op, p in pairs[:60] if op == "attention"]
+    kinds = {(shape.kind, bool(shape.lengths), bool(shape.block_size)) for shape in first}
     assert {("prefill", False, False), ("decode", False, False), ("train", False, False)} <= kinds
     assert ("decode", True, True) in kinds and ("prefill", True, False) in kinds
     for op, p in pairs:
-        assert op == "attention" and grid.fits(p, where)
+        assert op == "gemm" or grid.fits(p, where)
         assert families.parsed(json.loads(json.dumps(p.to_json()))) == (op, p)
 
 
@@ -331,7 +356,7 @@ def test_wrong_budgets(text: str) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["--op", "sort"], "'sort' is not one of attention, paged"),
+    (["--op", "sort"], "'sort' is not one of attention, paged, gemm"),
     (["--budget", "long"], "--budget takes a time"),
     (["--shapes", "absent.json"], "absent.json"),
     (["--shapes", "x.json", "--op", "paged"], "no meaning"),

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 from vllm_accel.dispatch.device import Device
-from vllm_accel.tuning import attention, grid
+from vllm_accel.tuning import attention, gemm, grid
 from vllm_accel.tuning.problem import Problem, Tuned
 
 TUNED: dict[str, Tuned] = {
     "attention": Tuned("attention", grid.attention_grid, attention.parse),
     "paged": Tuned("attention", grid.paged_grid, attention.parse),
+    "gemm": Tuned("gemm", gemm.gemm_grid, gemm.parse),
 }
 
 

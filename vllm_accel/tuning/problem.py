@@ -97,7 +97,7 @@ def contestants(selection: Selection) -> tuple[str, ...]:
 
 def plain(problem: Any, op: str) -> dict[str, Any]:
     """Return a problem made of a shape (a frozen dataclass) and a dtype as data: the fields that are set."""
-    defaults = {f.name: f.default for f in fields(problem.shape)}
+    defaults = {f.name: f.default for f in fields(problem.shape)}  # the name has none, and stays
     sizes = {name: value for name, value in asdict(problem.shape).items() if value != defaults[name]}
     dtype = next(name for name, dtype in DTYPES.items() if dtype is problem.dtype)
     return {"op": op, "dtype": dtype, **sizes}

@@ -1,0 +1,83 @@
+"""`python -m benchmarks.selection`: what is drawn, how regret is counted, and one run from tuning to the verdict."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import selection, selection_shapes
+from benchmarks.selection import Case, conclude, cost, judge
+from vllm_accel.dispatch.device import preset
+from vllm_accel.dispatch.estimate import distance_of
+from vllm_accel.dispatch.table_file import Timing
+
+
+@pytest.mark.parametrize("device", ["cpu", "h200"])
+def test_drawn_calls_are_new_repeatable_and_near_the_grid(device: str) -> None:
+    where = preset(device)
+    drawn = list(itertools.islice(selection_shapes.unseen(where), 48))
+    assert drawn == list(itertools.islice(selection_shapes.unseen(where), 48))
+    assert drawn != list(itertools.islice(selection_shapes.unseen(where, seed=1), 48))
+    tuned = selection_shapes.tuned(where)
+    assert not {problem.name for problem in drawn} & {problem.name for problem in tuned} and len(set(drawn)) == 48
+    meta = torch.device("meta")
+    known = [p.explain(p.make(meta), where).spec for p in tuned]
+    specs = [p.explain(p.make(meta), where).spec for p in drawn]
+    near = [any(distance_of(spec, other) is not None for other in known) for spec in specs]
+    assert sum(near) >= 0.7 * len(near)
+
+
+def _case(regret: float, fixed: float, best: str = "b", **more: Any) -> Case:
+    return Case("x", chosen="a", fixed="a", best=best, regret=regret, fixed_regret=fixed, **more)
+
+
+def test_the_verdict_is_the_geometric_mean_the_worst_and_what_is_contested() -> None:
+    good = judge([_case(1.0, 2.0), _case(1.01, 1.0, best="a"), _case(9.0, 9.0, error="out of memory")])
+    assert (good.calls, good.worst, good.fixed_worst, good.contested) == (2, 1.01, 2.0, 0.5)
+    assert good.mean == pytest.approx(math.sqrt(1.01)) and good.fixed_mean == pytest.approx(math.sqrt(2.0))
+    assert not good.complaints and "fewer" not in conclude(good)
+    slow, poor = judge([_case(1.03, 1.0)] * 3), judge([_case(1.0, 1.0)] * 49 + [_case(1.2, 1.2)])
+    assert ["mean" in c for c in slow.complaints] == [True] and ["worst" in c for c in poor.complaints] == [True]
+    assert "says little" in conclude(poor)
+    assert judge([]).complaints == ("nothing was measured",)
+
+
+def test_regret_is_one_within_the_noise_and_infinite_for_a_failure() -> None:
+    case = Case("x", best="b", costs={"a": 1.1, "b": 1.0}, noise={"a": 0.06, "b": 0.05})
+    assert selection._regret(case, "a") == 1.0 and selection._regret(case, "c") == math.inf
+    case.noise["b"] = 0.01
+    assert selection._regret(case, "a") == pytest.approx(1.1)
+
+
+def test_a_new_length_counts_where_lengths_change() -> None:
+    graph = Timing(1e-4, 0.01, new_length=32e-3)
+    assert cost(graph, varies=True) == pytest.approx(1.1e-3) and cost(graph, varies=False) == 1e-4
+    assert cost(Timing(1e-4, 0.01, new_length=5e-5), varies=True) == 1e-4  # jitter of a first call
+
+
+def test_from_tuning_to_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from vllm_accel.dispatch import measured
+    from vllm_accel.dispatch import settings as settings_module
+
+    monkeypatch.setenv("VLLM_ACCEL_TABLES", "changed by --out")
+    small = [p for p in selection_shapes.tuned(preset("cpu")) if p.work < 1e7][:3]
+    monkeypatch.setattr(selection_shapes, "tuned", lambda device: tuple(small))
+    monkeypatch.setattr(selection_shapes, "unseen", lambda device, seed: (p for p in selection_shapes.tuned(device)))
+    code = selection.main(["--tune", "60s", "--budget", "60s", "--count", "2", "--rounds", "3", "--out", str(tmp_path)])
+    data = json.loads((tmp_path / "selection.json").read_text())
+    assert data["verdict"]["calls"] == 2 and code == bool(data["verdict"]["complaints"])
+    assert all(call["decided_by"].startswith("measured table") for call in data["calls"])
+    assert data["tables"] and "2 calls: regret" in capsys.readouterr().out
+    monkeypatch.undo()
+    settings_module._current = None
+    measured.forget()
+
+
+def test_the_bounds_are_those_of_the_issue() -> None:
+    assert (selection.MOST_MEAN, selection.MOST_WORST, selection.LEAST_CONTESTED) == (1.02, 1.15, 0.25)
