@@ -94,10 +94,15 @@ def candidate_tasks(arch: str) -> list[Task]:
 class Run:
     """One run: where results go, and how much time is left."""
 
-    def __init__(self, out: Path, budget: float, jobs: int, arch: str, facts: dict[str, Any]) -> None:
-        self.out, self.jobs, self.arch, self.facts = out, jobs, arch, facts
+    def __init__(self, out: Path, given: argparse.Namespace, arch: str, facts: dict[str, Any]) -> None:
+        self.out, self.jobs, self.arch, self.facts = out, given.jobs, arch, facts
+        self.only, budget = [word for word in given.only.split(",") if word], given.budget
         self.start, self.end = time.monotonic(), time.monotonic() + budget
         self.alive: dict[str, list[int]] = {}
+
+    def chosen(self, tasks: list[Task]) -> list[Task]:
+        """Return the tasks whose name has one of the words of --only in it; all of them without words."""
+        return [task for task in tasks if not self.only or any(word in task.name for word in self.only)]
 
     def left(self, share: float = 1.0) -> float:
         """Return the deadline after a share of the time that is left."""
@@ -139,9 +144,9 @@ def conformance(run: Run) -> None:
             run.write("conformance", rows)
 
     # fp16 and fp32 say little that bf16 does not, so the tiles come before them.
-    checks = conformance_tasks()
+    checks = run.chosen(conformance_tasks())
     first = [t for t in checks if not t.name.endswith(("fp16", "fp32"))]
-    tasks = [*first, *candidate_tasks(run.arch), *[t for t in checks if t not in first]]
+    tasks = [*first, *run.chosen(candidate_tasks(run.arch)), *[t for t in checks if t not in first]]
     run_all(tasks, run.jobs, run.left(0.45), report)
     run.write("conformance", rows)
     run.write("candidates", tiles)
@@ -158,7 +163,7 @@ def _one_by_one(run: Run, step: str, tasks: list[Task], share: float, show: Call
         run.write(step, rows)
         run.say(f"{done.task.name}: {done.error or show(rows[-1])}")
 
-    run_all(tasks, 1, run.left(share), report)
+    run_all(run.chosen(tasks), 1, run.left(share), report)
 
 
 def _contest(row: dict[str, Any]) -> str:
@@ -242,10 +247,18 @@ def _sanitize(tool: str, check: str, backend: str, limit: float) -> dict[str, An
     return {"outcome": outcome, "detail": (done.stdout + done.stderr)[-6000:]}
 
 
-def tiny(backend: str, where: str = "cuda") -> None:
-    """Run a few small cases in this process and print what came of each (what the sanitizer watches)."""
+def tiny(which: str, where: str = "cuda") -> None:
+    """Run a few small cases in this process and print what came of each (what the sanitizer watches).
+
+    Args:
+        which: a backend, or a backend, a colon and names of cases, comma separated; those of a paged cache as
+            ``paged_name``.
+    """
+    backend, _, names = which.partition(":")
     dense, paged_names = _TINY[backend]
     named = [(False, name) for name in dense] + [(True, name) for name in paged_names]
+    if names:
+        named = [(name.startswith("paged_"), name.removeprefix("paged_")) for name in names.split(",")]
     for paged, name in named:
         print(name, work.conformance(backend, paged, name, "bf16", where), flush=True)
 
@@ -260,9 +273,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a directory for the results")
     parser.add_argument("--budget", type=float, default=360.0, metavar="SECONDS", help="for all steps together")
     parser.add_argument("--steps", default=",".join(STEPS), help=f"comma separated, of {', '.join(STEPS)}")
+    parser.add_argument("--only", default="", metavar="WORDS", help="tasks with one of these in their name, by comma")
     parser.add_argument("--jobs", type=int, default=machine.cores(), help="processes that check (all cores)")
     parser.add_argument("--dry-run", action="store_true", help="list what would run, and stop")
-    parser.add_argument("--tiny", choices=tuple(_TINY), help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", metavar="BACKEND[:CASES]", help="run these in this process, for compute-sanitizer")
     given = parser.parse_args(argv)
     wanted = given.steps.split(",")
     if unknown := [step for step in wanted if step not in STEPS]:
@@ -280,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the workers: as many as cores are at work
     facts = machine.about("benchmarks.gpu_triton", torch.device("cuda"))
     print(machine.describe(facts), flush=True)
-    run = Run(given.out, given.budget, given.jobs, tiling.here().arch, facts)
+    run = Run(given.out, given, tiling.here().arch, facts)
     for step in (step for step in STEPS if step in wanted):
         try:
             {"conformance": conformance, "peers": peers, "backward": backward, "tiles": tiles, "memory": memory,

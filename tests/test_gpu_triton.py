@@ -100,6 +100,15 @@ def test_peers_and_backwards_on_the_cpu() -> None:
     assert right >= {"reference", "torch sdpa by hand"}
 
 
+def test_tiny_cases_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_triton._TINY["reference"] = ((), ())
+    try:
+        gpu_triton.tiny("reference:causal,paged_decode", "cpu")
+    finally:
+        del gpu_triton._TINY["reference"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["causal", "decode"]
+
+
 def test_dry_run_and_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_triton.main(["--dry-run", "--steps", "peers,tiles"]) == 0
     text = capsys.readouterr().out

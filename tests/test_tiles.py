@@ -15,7 +15,7 @@ import pytest
 
 from vllm_accel.dispatch.device import PRESETS
 from vllm_accel.kernels.triton import tiles
-from vllm_accel.kernels.triton.tiles import Tile, lookup, nearest, step_down
+from vllm_accel.kernels.triton.tiles import Tile, lookup, nearest, smaller
 
 GOOD: dict[str, Any] = {
     "provenance": {"how": "made up"},
@@ -196,20 +196,15 @@ def shared(tile: Tile) -> int:
     ],
 )
 def test_stepping_down(limit_kib: int, fits: Tile) -> None:
-    made = step_down(Tile(128, 128, 8, 4, 128), limit_kib << 10, shared)  # asks for 288 KiB
-    assert made == fits
-    assert shared(made) <= limit_kib << 10
+    tile: Tile | None = Tile(128, 128, 8, 4, 128)  # asks for 288 KiB
+    while tile is not None and shared(tile) > limit_kib << 10:
+        tile = smaller(tile)
+    assert tile == fits
 
 
-def test_a_tile_that_fits_stays() -> None:
-    tile = Tile(128, 64, 8, 3)
-    assert step_down(tile, shared(tile), shared) is tile
-    assert step_down(tile, shared(tile) - 1, shared) == Tile(128, 64, 8, 2)
-
-
-def test_nothing_fits() -> None:
-    with pytest.raises(ValueError, match="takes 12288 bytes of shared memory; this device has 1024"):
-        step_down(Tile(128, 64, 8, 3), 1024, shared)
+def test_nothing_is_smaller_than_the_smallest() -> None:
+    assert smaller(Tile(128, 64, 8, 3)) == Tile(128, 64, 8, 2)
+    assert smaller(Tile(16, 16, 4, 1)) is None
 
 
 def test_the_shipped_tables_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:

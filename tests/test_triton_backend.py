@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,11 @@ from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
 from vllm_accel.ops import run as ops_run
 
 pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources
+
 from vllm_accel.kernels.triton import forward_launch, launch, tiles
 from vllm_accel.kernels.triton.launch import Bound, Launch
+from vllm_accel.kernels.triton.tiles import Tile
 
 ABLE = (State.CHOSEN, State.ABLE, State.HELD_BACK)
 
@@ -163,8 +167,8 @@ def test_fp32_products_follow_torchs_switch_at_the_time_of_the_call(monkeypatch:
     ran: list[str] = []
 
     class Recorder:
-        def __init__(self, made: Launch) -> None:
-            self.precision = made.constexprs["PRECISION"]
+        def __init__(self, made_of: tuple[Tile, Callable[[Tile], Launch]]) -> None:
+            self.precision = made_of[1](made_of[0]).constexprs["PRECISION"]
 
         def __call__(self, tensors: Any, values: Any) -> None:
             ran.append(self.precision)
@@ -259,6 +263,42 @@ def test_a_misaligned_pointer_has_a_kernel_of_its_own(stub: Stub) -> None:
         bound(tensors, (0.5,))
     # Aligned; x off; y off. 16 bytes on is aligned again, another odd place is misaligned again.
     assert (len(stub.ordinary), len(stub.direct)) == (3, 2)
+
+
+def test_a_tile_that_does_not_fit_the_device_makes_way_for_a_smaller_one(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.zeros(8)
+    stub.__name__ = "toy"
+    monkeypatch.setattr(launch, "_too_large", set())
+
+    def make(tile: Tile) -> Launch:
+        constexprs = {"FLAG": True, "BLOCK": tile.block_n}
+        grid = (128 // tile.block_m, 1, 1)
+        return Launch(stub, grid, (x, None, x, 0.5, 48, 3), constexprs, tile.num_warps, tile.num_stages)
+
+    tried: list[tuple[int, int]] = []
+
+    def run(made: Launch) -> Any:
+        tried.append((made.constexprs["BLOCK"], made.num_stages))
+        if made.constexprs["BLOCK"] > 32:
+            raise OutOfResources(120000, 101376, "shared memory")
+        return made.fn[made.grid](*made.args, **made.constexprs)
+
+    monkeypatch.setattr(launch, "run", run)
+    with caplog.at_level("INFO", "vllm_accel"):
+        bound = Bound(made_of=(Tile(64, 64, 4, 3), make))
+        bound((x, None, x), (0.5,))
+    assert tried == [(64, 3), (64, 2), (64, 1), (32, 1)]
+    assert stub.ordinary == [((2, 1, 1), (x, None, x, 0.5, 48, 3), {"FLAG": True, "BLOCK": 32})]
+    assert "Required: 120000, Hardware limit: 101376" in caplog.text
+    bound((x, None, x), (0.5,))
+    again = Bound(made_of=(Tile(64, 64, 4, 3), make))  # another plan of the kind does not try what did not fit
+    again((x, None, x), (0.25,))
+    assert len(tried) == 4 and [args[-3:] for args in stub.direct] == [(3, 32, True)] * 2
+    monkeypatch.setattr(launch, "run", lambda made: (_ for _ in ()).throw(OutOfResources(1, 0, "shared memory")))
+    with pytest.raises(OutOfResources):
+        Bound(made_of=(Tile(16, 16, 4, 1), make))((x, None, x), (0.5,))
 
 
 def test_a_profiler_hears_of_every_launch(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:

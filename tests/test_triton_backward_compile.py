@@ -85,21 +85,15 @@ def spills_in_the_loop(sass: str) -> int:
 
 
 #: kind, head size -> spill instructions that are accepted: in all, and in the innermost loop. The others lie in the
-#: loop over the query heads of a group. Two accumulators of 128 x 128 (64 x 256) fp32 numbers take 128 of 255
-#: registers, and the products' operands most of the rest. Triton 3.7.1 (3.6.0): fused 0 (22); 100 (111), of which 23
-#: (27) in the loop; dkv 0 (7), 40 (45), 52 (62).
-HOPPER_SPILLS = {
-    ("fused", 64): (30, 0),
-    ("dkv", 64): (10, 0),
-    ("fused", 128): (120, 30),
-    ("dkv", 128): (60, 0),
-    ("dkv", 256): (70, 0),
-}
+#: loop over the query heads of a group. Two accumulators of 64 x 128 fp32 numbers in 4 warps (64 x 256 in 8) take 128 of
+#: 255 registers, and the products' operands most of the rest. Triton 3.7.1 (3.6.0): 17 (11); 129 (138), of which 7 (9)
+#: in the loop; 52 (62). On an H200 they are faster than larger tiles without spills (benchmarks/results/h200).
+HOPPER_SPILLS = {("dkv", 64): (20, 0), ("dkv", 128): (145, 10), ("dkv", 256): (70, 0)}
 
 
 @pytest.mark.parametrize(
     ("kind", "head_dim"),
-    [("fused", 64), ("dkv", 64), ("dq", 64), ("fused", 128), ("dkv", 128), ("dq", 128), ("dkv", 256), ("dq", 256)],
+    [("dkv", 64), ("dq", 64), ("dkv", 128), ("dq", 128), ("dkv", 256), ("dq", 256)],
 )
 def test_hopper(kind: str, head_dim: int) -> None:
     """Products by wgmma, and no spill in the loop but the few that are stated."""
@@ -188,6 +182,6 @@ def test_whole_table(arch: str) -> None:
         fp32, heavy, head_dim = size.startswith("fp32"), size.endswith("heavy"), int(re.findall(r"d(\d+)", size)[0])
         dtype = torch.float32 if fp32 else torch.bfloat16
         found = compiled(kind, arch, head_dim, heavy, dtype=dtype, softcap=3.0 if heavy else 0.0)
-        if found.shared > SHARED_LIMIT[arch] or found.spills > 120:
+        if found.shared > SHARED_LIMIT[arch] or found.spills > 145:
             wrong.append(f"{key}: {found}")
     assert not wrong, "\n".join(wrong)

@@ -87,9 +87,13 @@ def assert_good(launch: Launch, arch: str, blocks: int = 1) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kv_dtype", [BF16, E4M3], ids=["16 bit", "e4m3"])
 def test_decode_fits(arch: str, kv_dtype: torch.dtype) -> None:
-    """At least three blocks share a multiprocessor of a data-centre GPU: their loads hide each other's latency."""
+    """At least three blocks share a multiprocessor of a data-centre GPU: their loads hide each other's latency.
+
+    On sm_90 two with an FP8 cache: of steps of 128 keys, which were the fastest (benchmarks/results/h200).
+    """
     attention, _ = launch_of(arch, kv_dtype=kv_dtype)
-    assert_good(attention, arch, blocks=3 if arch in ("sm_80", "sm_90", "sm_100") else 1)
+    few = 2 if (arch, kv_dtype) == ("sm_90", E4M3) else 3
+    assert_good(attention, arch, blocks=few if arch in ("sm_80", "sm_90", "sm_100") else 1)
 
 
 @pytest.mark.parametrize("arch", ["sm_86", "sm_90", "gfx942"])
@@ -229,4 +233,24 @@ def test_scratch_is_bounded_by_the_device() -> None:
     for tokens, batch in ((100000, 1), (3000, 3), (64, 1), (16, 16), (4096, 4096)):
         sizes = Sizes(tokens, batch, 32, 8, 128, max(1, tokens // batch), 131072, 0, False, False)
         works = splits.plan_work(sizes, lambda rows: Tile(16 if rows <= 16 else 64, 32, 4, 2), 132)
-        assert splits.scratch(works, sizes) <= 4 * 2 * 4 * 132 * 64 * 129
+        assert splits.scratch(works, sizes) <= splits.UNEVEN * 4 * 2 * 4 * 132 * 64 * 129
+
+
+def test_a_decode_leaves_room_for_uneven_lengths() -> None:
+    sizes = Sizes(32, 32, 32, 8, 128, 1, 16384, 0, False, False)
+    (work,) = splits.plan_work(sizes, lambda rows: Tile(16, 32, 4, 2), 132)
+    assert (work.goal, work.num_splits) == (2, 2 * splits.UNEVEN)
+    (alone,) = splits.plan_work(sizes._replace(tokens=1, batch=1), lambda rows: Tile(16, 32, 4, 2), 132)
+    assert alone.goal == 0 and alone.num_splits > 50
+    (fixed,) = splits.plan_work(sizes._replace(batch_invariant=True), lambda rows: Tile(16, 32, 4, 2), 132)
+    assert (fixed.goal, fixed.num_splits) == (0, 16)
+
+
+def test_another_tile_computes_the_same_rows() -> None:
+    for tokens, batch, longest in ((12, 3, 4), (3000, 3, 1000)):
+        sizes = Sizes(tokens, batch, 32, 4, 128, longest, 4096, 0, False, False)
+        for rows in (16, 64):
+            for work in splits.plan_work(sizes, lambda _, rows=rows: Tile(rows, 32, 4, 2), 132):
+                small = splits.with_tile(work, Tile(16, 16, 4, 1), sizes)
+                assert splits.with_tile(small, work.tile, sizes) == work
+                assert rows_computed(small, sizes, longest) == rows_computed(work, sizes, longest)

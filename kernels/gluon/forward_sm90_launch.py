@@ -48,8 +48,8 @@ class Variant(NamedTuple):
 
 
 #: By tile of the head size. D = 256 fits in 227 KiB with BN = 64 only, and 3 stages of D = 128 with one Q slot only.
-#: Compiled for sm_90 with Triton 3.6.0 and 3.7.1 (tests/test_gluon_compile.py), 2026-11-23; not timed.
-VARIANTS = {64: Variant(bn=128), 128: Variant(bn=128), 256: Variant(bn=64)}
+#: The fastest of four or five on an H200 (Triton 3.6.0, python -m benchmarks.gpu_triton, 2026-11-27); NOTES.md has all.
+VARIANTS = {64: Variant(bn=128, persistent=True), 128: Variant(bn=128), 256: Variant(bn=64)}
 
 
 def tile_dim(head_dim: int, head_dim_v: int) -> int:

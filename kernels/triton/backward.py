@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -91,12 +91,12 @@ def backward(
     row_dot = torch.zeros_like(delta) if sinks_grad else None
     if "fused" in tiles and row_dot is None:
         dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        start(launches.dkv_launch(problem, delta, dk, dv, dq, tiles["fused"]))
+        start_tile(lambda tile: launches.dkv_launch(problem, delta, dk, dv, dq, tile), tiles["fused"])
         dq = dq.to(q.dtype)
     else:
         dq = new(q, memory_format=torch.contiguous_format)
-        start(launches.dkv_launch(problem, delta, dk, dv, None, tiles["dkv"]))
-        start(launches.dq_launch(problem, delta, dq, row_dot, tiles["dq"]))
+        start_tile(lambda tile: launches.dkv_launch(problem, delta, dk, dv, None, tile), tiles["dkv"])
+        start_tile(lambda tile: launches.dq_launch(problem, delta, dq, row_dot, tile), tiles["dq"])
     dbias = bias_gradient(problem, delta, tiles["bias"]) if bias_grad else None
     dsinks = None
     if row_dot is not None and sinks is not None:
@@ -105,11 +105,16 @@ def backward(
     return Gradients(dq, dk, dv, dbias, dsinks)
 
 
-def start(launch: Launch) -> None:
+def start(launch: Launch, made_of: tuple[Tile, Callable[[Tile], Launch]] | None = None) -> None:
     """Launch. Once a kernel of the kind is compiled it is called directly (see `launch.Bound`): 20 us less each."""
     tensors = tuple(itertools.takewhile(lambda a: a is None or isinstance(a, Tensor), launch.args))
     floats = tuple(itertools.takewhile(lambda a: isinstance(a, float), launch.args[len(tensors) :]))
-    Bound(launch)(tensors, floats)
+    Bound(launch, made_of)(tensors, floats)
+
+
+def start_tile(make: Callable[[Tile], Launch], tile: Tile) -> None:
+    """Launch with a tile, or the next smaller one that fits the device; tensors and floats must not depend on it."""
+    start(make(tile), (tile, make))
 
 
 def choose_tiles(
@@ -141,5 +146,5 @@ def bias_gradient(problem: Problem, delta: Tensor, tile: Tile) -> Tensor:
     parts = launches.bias_parts(problem, tile)
     dtype = bias.dtype if parts == 1 else torch.float32
     sums = torch.empty((parts, *bias.shape), dtype=dtype, device=bias.device)
-    start(launches.bias_launch(problem, delta, sums, tile))
+    start_tile(lambda tile: launches.bias_launch(problem, delta, sums, tile), tile)
     return sums[0] if parts == 1 else sums.sum(0).to(bias.dtype)

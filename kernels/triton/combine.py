@@ -15,7 +15,7 @@ def combine_splits(
     """Join the splits of one row of `paged_attention` or `mla_attention` (arguments as there).
 
     A split without keys has -inf, and sums that nobody wrote and nobody reads. One split joins to itself bit for bit,
-    and how many empty ones follow changes nothing: BLOCK_S at a time are summed.
+    and with one BLOCK_S, so many of which are summed at a time, the number of empty ones that follow changes nothing.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)

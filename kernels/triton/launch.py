@@ -10,7 +10,8 @@ integers fixed by the shapes, then constexprs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 import triton
 from triton import knobs
+from triton.runtime.errors import OutOfResources
+from vllm_accel.kernels.triton.tiles import Tile, smaller
 
 #: Releases whose ``CompiledKernel.run(grid..., stream, function, packed_metadata, launch_metadata, hooks..., *args)``
 #: was read (runtime/jit.py, compiler/compiler.py and the launchers of both back ends); another one takes the ordinary
@@ -61,6 +64,8 @@ def run(launch: Launch) -> Any:
 _Compiled = tuple[Any, Any, Any]
 #: Kind of launch -> which pointers are misaligned (bits) -> compiled kernel. Plans that differ in lengths share it.
 _compiled: dict[Any, dict[int, _Compiled]] = {}
+#: Kinds of launches whose tile did not fit the device: the next smaller one is taken at once.
+_too_large: set[Any] = set()
 
 
 class Bound:
@@ -69,11 +74,32 @@ class Bound:
     The first call of a kind goes through `run`. Tensors must be on the device of those in the launch and that device
     must be current; the current stream is used. While a profiler listens to launches, under the interpreter, and with a
     release of Triton that nobody has read, every call goes through `run`.
+
+    Args:
+        launch: the launch; may be left out with made_of, a tile and what makes the launch of it. Where the device has
+            less shared memory than the tile takes, the next smaller one takes its place. The tables fit what they were
+            compiled for; blocks of a cache, options and GPUs that nobody compiled for may need this.
     """
 
-    __slots__ = ("_by_alignment", "_direct", "_fixed", "_grid", "_index", "_launch", "_present", "_stream_of")
+    __slots__ = (
+        "_by_alignment", "_direct", "_fixed", "_grid", "_index", "_kind", "_launch", "_made_of", "_present",
+        "_stream_of",
+    )  # fmt: skip
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(
+        self, launch: Launch | None = None, made_of: tuple[Tile, Callable[[Tile], Launch]] | None = None
+    ) -> None:
+        if launch is None:
+            assert made_of is not None, "a launch, or what it is made of"
+            launch = made_of[1](made_of[0])
+        self._made_of = made_of
+        self._describe(launch)
+        while made_of is not None and self._kind in _too_large and (tile := smaller(made_of[0])) is not None:
+            self._made_of = made_of = (tile, made_of[1])
+            self._describe(made_of[1](tile))
+
+    def _describe(self, launch: Launch) -> None:
+        """Take a launch apart into what stays and what changes."""
         args = launch.args
         tensors = 0
         while tensors < len(args) and (args[tensors] is None or isinstance(args[tensors], Tensor)):
@@ -98,6 +124,7 @@ class Bound:
             tuple([n if n == 1 else (n & 15 == 0, n >> 31 == 0) for n in args[values:]]),
             tuple(constants.values()),
         )  # fmt: skip
+        self._kind = kind
         self._by_alignment = _compiled.setdefault(kind, {})
 
     def __call__(self, tensors: Sequence[Any], values: tuple[float, ...] = ()) -> None:
@@ -121,7 +148,19 @@ class Bound:
 
     def _first(self, tensors: Sequence[Tensor | None], values: tuple[float, ...], misaligned: int) -> None:
         launch = self._launch
-        kernel = run(launch._replace(args=(*tensors, *values, *launch.args)))
+        try:
+            kernel = run(launch._replace(args=(*tensors, *values, *launch.args)))
+        except OutOfResources as error:
+            tile = smaller(self._made_of[0]) if self._made_of else None
+            if self._made_of is None or tile is None:
+                raise
+            text = "%s: the tile %s does not fit this device (%s); %s is taken"
+            logging.getLogger("vllm_accel").info(text, launch.fn.__name__, tuple(self._made_of[0]), error, tuple(tile))
+            _too_large.add(self._kind)
+            self.__init__(made_of=(tile, self._made_of[1]))  # type: ignore[misc]
+            self(tensors, values)
+            return
+        self._made_of = None  # what makes a launch holds the tensors of the call that it was made for
         if self._direct:
             self._by_alignment[misaligned] = (kernel.run, kernel.function, kernel.packed_metadata)
 

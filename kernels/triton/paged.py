@@ -19,6 +19,7 @@ from vllm_accel.kernels.triton.pages import (
     pages_of,
     query_span,
     row_power,
+    shares,
     split_range,
     tokens_in,
     widen,
@@ -73,15 +74,15 @@ def _attend(
 
 @triton.jit(
     do_not_specialize=[
-        "left", "right", "tokens", "batch", "max_blocks", "num_blocks", "num_splits", "tiles", "low_q", "high_q",
-        "part_rows",
+        "left", "right", "tokens", "batch", "max_blocks", "num_blocks", "num_splits", "goal", "tiles", "low_q",
+        "high_q", "part_rows",
     ]
 )  # fmt: skip
 def paged_attention(
     q_ptr, k_ptr, v_ptr, cu_seqlens, block_table, seqused_k, out_ptr, lse_ptr, part_ptr,
     slopes, sinks, q_descale, k_descale, v_descale,
     scale, softcap,
-    left, right, tokens, batch, num_blocks, max_blocks, num_kv_heads, num_splits, tiles, low_q, high_q,
+    left, right, tokens, batch, num_blocks, max_blocks, num_kv_heads, num_splits, goal, tiles, low_q, high_q,
     part_rows, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_tb,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -102,6 +103,7 @@ def paged_attention(
             log-sum-exps. A row is a token of the batch with SEARCH; else token t of sequence b is row b * high_q + t.
         slopes: (num_heads,) with ALIBI 1, (batch, num_heads) with ALIBI 2, fp32. sinks: (num_heads,).
         q_descale, k_descale, v_descale: fp32, with dimensions as Q_DESCALE and so on say (`per_head`), -1 for none.
+        num_splits, goal: splits of each sequence in the launch, and how many a mean one gets (`shares`).
         low_q, high_q: only sequences of so many query tokens are computed (the others are another launch's).
         tiles: with SEARCH the regions of the batch, in which a program finds its sequence; else tiles of rows of each
             sequence, of which none has more than high_q tokens.
@@ -139,7 +141,9 @@ def paged_attention(
         tile * BLOCK_M // GROUP, len_q, len_k, left, right, SPAN, BLOCK_N, LEFT, RIGHT
     )
     if SPLIT:
-        begin, end = split_range(low, high, split, num_splits, FIXED, BLOCK_N)
+        most = left + right + len_q if LEFT else 0x7FFFFFFF
+        count = shares(seqused_k, high - low, batch, most, goal, num_splits)
+        begin, end = split_range(low, high, split, num_splits, count, FIXED, BLOCK_N)
         row = (first if SEARCH else sequence * high_q) + rows
         part = (split.to(tl.int64) * part_rows + row) * num_heads + heads
         part_lse = part_ptr + num_splits.to(tl.int64) * part_rows * num_heads * DV

@@ -17,8 +17,11 @@ from vllm_accel.kernels.triton.tiles import Tile, lookup
 _E4M3 = torch.float8_e4m3fn
 _FP8 = (_E4M3, torch.float8_e5m2)
 _PRODUCTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-#: Splits that `combine_splits` joins at a time: 8 rows of 128 floats are one load of 32 bytes for each of 128 threads.
+#: Splits that `combine_splits` joins at a time where bits may not depend on how many there are, and at least.
 _JOINED = 8
+#: Floats of those at most, 64 for each of 128 threads. A row of a batch of one has 64 splits, and eight steps that wait
+#: for memory one after the other were most of its time (40 us on an H200 for 67 MB of keys, 2026-11-27).
+_JOINED_FLOATS = 8192
 
 
 def padded(head_dim: int) -> int:
@@ -92,7 +95,8 @@ def attention_launch(
         args=(
             *attention_tensors(q, k_cache, v_cache, out, lse, part, args, native_e4m3),
             args.softmax_scale, args.softcap, max(left, 0), max(right, 0), tokens, batch, num_blocks,
-            args.block_table.shape[1], kv_heads, work.num_splits, work.tiles, work.low_q, work.high_q, work.part_rows,
+            args.block_table.shape[1], kv_heads, work.num_splits, work.goal, work.tiles, work.low_q, work.high_q,
+            work.part_rows,
             *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], args.block_table.stride(0),
         ),
         constexprs=constexprs,
@@ -118,6 +122,9 @@ def attention_tensors(
 def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs) -> Launch:
     """Return the launch that joins the partial results of `attention_launch`."""
     tokens, heads, head_dim_v = out.shape
+    together = _JOINED
+    if not work.fixed:
+        together = max(_JOINED, min(1 << (work.num_splits - 1).bit_length(), _JOINED_FLOATS // padded(head_dim_v)))
     return Launch(
         fn=combine_splits,
         grid=(tokens if work.search else work.part_rows, heads, 1),
@@ -126,7 +133,7 @@ def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, ar
             work.high_q, work.part_rows,
         ),
         constexprs={
-            "DV": head_dim_v, "BLOCK_DV": padded(head_dim_v), "BLOCK_S": _JOINED, "SEARCH": work.search,
+            "DV": head_dim_v, "BLOCK_DV": padded(head_dim_v), "BLOCK_S": together, "SEARCH": work.search,
             "SINKS": args.sinks is not None,
         },
         num_warps=4,

@@ -50,10 +50,34 @@ def key_count(seqused_k, sequence, batch, max_blocks, PAGE: tl.constexpr):
 
 
 @triton.jit
-def split_range(first, last, split, num_splits, FIXED: tl.constexpr, BLOCK_N: tl.constexpr):
+def shares(seqused_k, keys, batch, most, goal, num_splits):
+    """Return into how many splits of a launch that has num_splits of each a sequence with `keys` keys is really cut.
+
+    With `goal` splits of a sequence the launch would fill the GPU if all were equally long. They are not: a share is
+    ``1 / goal`` of the mean length, and a sequence gets as many as it has, rounded. So one long sequence among short
+    ones is not left with a few programs that go on when everything else is done. goal 0: as many as there are.
+
+    Args:
+        most: keys of a sequence that count, where a window hides the others.
+    """
+    count = num_splits
+    if goal > 0:
+        total = 0.0
+        for b in range(0, batch, 128):
+            others = b + tl.arange(0, 128)
+            used = tl.load(seqused_k + others, mask=others < batch, other=0)
+            total += tl.sum(tl.minimum(tl.maximum(used, 0), most).to(tl.float32), 0)
+        share = tl.maximum(total / (batch * goal), 1.0)
+        count = tl.minimum(num_splits, (keys / share + 0.5).to(tl.int32))
+    return tl.maximum(count, 1)
+
+
+@triton.jit
+def split_range(first, last, split, num_splits, count, FIXED: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return [start, stop) of one split of the keys [first, last); start is a multiple of BLOCK_N, as first is.
 
-    FIXED 0 shares out the keys that there really are. Otherwise split s holds keys ``s * FIXED`` to ``(s + 1) * FIXED``
+    FIXED 0 shares out the keys that there really are, among `count` splits or as many as MIN_SPLIT allows. Otherwise
+    split s holds keys ``s * FIXED`` to ``(s + 1) * FIXED``
     whatever the batch is made of, so that nothing but the sequence itself decides how a sum is formed; the last split
     takes what lies beyond.
     """
@@ -61,7 +85,7 @@ def split_range(first, last, split, num_splits, FIXED: tl.constexpr, BLOCK_N: tl
         start = tl.maximum(split * FIXED, first)
         stop = tl.where(split == num_splits - 1, last, tl.minimum((split + 1) * FIXED, last))
     else:
-        share = tl.maximum(tl.cdiv(last - first, num_splits), MIN_SPLIT)
+        share = tl.maximum(tl.cdiv(last - first, count), MIN_SPLIT)
         share = tl.cdiv(share, BLOCK_N) * BLOCK_N
         start = first + split * share
         stop = tl.minimum(start + share, last)

@@ -18,6 +18,8 @@ DECODE_TOKENS = 8
 MIN_SPLIT = 256
 #: Splits of one launch at most: 64k keys and one key head still fill half of an H200's 4 * 132 places.
 MAX_SPLITS = 256
+#: A sequence may get so many times the splits of a mean one. Programs without keys end at once, but are launched.
+UNEVEN = 4
 #: Keys of a split where nothing about the batch may change a sum. Compiled, not timed.
 INVARIANT_SPLIT = 1024
 #: Any number of query tokens.
@@ -46,7 +48,7 @@ class Work(NamedTuple):
         search: programs find their sequence (prefill); else the launch has `tiles` per sequence (decode).
         tiles: tiles of rows of one sequence, with `search` regions of the batch.
         low_q, high_q: sequences with so many query tokens are computed.
-        num_splits, fixed: see `pages.split_range`. split: results are partial.
+        num_splits, fixed: see `pages.split_range`. goal: see `pages.shares`. split: results are partial.
         part_rows: rows of the partial results of one split.
         tail: it also writes the rows past the last sequence.
     """
@@ -57,6 +59,7 @@ class Work(NamedTuple):
     low_q: int
     high_q: int
     num_splits: int
+    goal: int
     fixed: int
     split: bool
     part_rows: int
@@ -104,7 +107,7 @@ def plan_work(sizes: Sizes, tile_for: Callable[[int], Tile], sm_count: int, num_
     # Regions, of which about one a sequence is empty (`pages.find_sequence`).
     blocks = -(-sizes.tokens * group // tile.block_m) * sizes.num_kv_heads
     places = sm_count * resident(tile)
-    everything = Work(tile, True, tiles, 0, UNLIMITED, 1, 0, False, sizes.tokens, True)
+    everything = Work(tile, True, tiles, 0, UNLIMITED, 1, 0, 0, False, sizes.tokens, True)
     if not sizes.batch_invariant:
         # Few tiles: one launch, with splits for long and short queries alike.
         splits = num_splits or (choose_splits(blocks, places, _keys(sizes)) if 5 * blocks < 4 * places else 1)
@@ -126,14 +129,25 @@ def _decode(
     tile = tile_for(1 if sizes.batch_invariant else most * group)
     tiles = -(-most * group // tile.block_m)
     fixed = INVARIANT_SPLIT if sizes.batch_invariant else 0
+    goal = 0
     if fixed:
         num_splits = max(1, -(-sizes.max_seqlen_k // fixed))
     elif not num_splits:
         blocks = tiles * sizes.batch * sizes.num_kv_heads
         num_splits = choose_splits(blocks, sm_count * resident(tile), _keys(sizes))
+        if num_splits > 1 and sizes.batch > 1:
+            goal, num_splits = num_splits, min(UNEVEN * num_splits, MAX_SPLITS, -(-_keys(sizes) // MIN_SPLIT))
     # A sink is added where splits are joined, or with one split in the kernel: equal numbers, but not equal bits.
     split = num_splits > 1 or bool(fixed and sizes.sinks)
-    return Work(tile, False, tiles, 0, most, num_splits, fixed, split, sizes.batch * most, tail)
+    return Work(tile, False, tiles, 0, most, num_splits, goal, fixed, split, sizes.batch * most, tail)
+
+
+def with_tile(work: Work, tile: Tile, sizes: Sizes) -> Work:
+    """Return the same work with another tile; partial results stay where they are."""
+    group = sizes.num_heads // sizes.num_kv_heads
+    if work.search:
+        return work._replace(tile=tile, tiles=sizes.tokens * group // tile.block_m + sizes.batch + 1)
+    return work._replace(tile=tile, tiles=-(-work.high_q * group // tile.block_m))
 
 
 def _keys(sizes: Sizes) -> int:

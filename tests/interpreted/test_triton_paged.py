@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from vllm_accel.backends.triton import BACKEND
@@ -15,7 +17,7 @@ from vllm_accel.backends.triton_paged import TritonPaged, bind_paged
 from vllm_accel.dispatch.backend import PagedArgs
 from vllm_accel.dispatch.device import preset
 from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
-from vllm_accel.kernels.triton import paged_launch, splits
+from vllm_accel.kernels.triton import paged_launch, pages, splits
 from vllm_accel.testing.cases_paged import PAGED_CASES, PagedCase
 from vllm_accel.testing.conformance_paged import check_paged_backend
 from vllm_accel.testing.oracle import attention_paged_oracle, plain_attention_paged
@@ -142,6 +144,36 @@ def test_decode_over_blocks_of_any_size(block_size: int) -> None:
 def test_splits_join_to_the_same_result(num_splits: int) -> None:
     call = make([1] * 6, [0, 255, 256, 257, 600, 1100], heads=1, kv_heads=1, head_dim=16)
     check(call, num_splits, max_seqlen_k=1100)
+
+
+@triton.jit
+def _count(seqused, keys, counts, batch, most, goal, num_splits):
+    b = tl.program_id(0)
+    tl.store(counts + b, pages.shares(seqused, tl.load(keys + b), batch, most, goal, num_splits))
+
+
+def counts_of(lengths: list[int], goal: int, num_splits: int, most: int = 2**31 - 1) -> list[int]:
+    used = torch.tensor(lengths, dtype=torch.int32)
+    counts = torch.zeros_like(used)
+    _count[(len(lengths),)](used, used.clamp(max=most), counts, len(lengths), most, goal, num_splits)
+    return counts.tolist()
+
+
+def test_splits_go_to_the_sequences_that_have_the_keys() -> None:
+    assert counts_of([4096] * 3, 2, 8) == [2, 2, 2]
+    assert counts_of([4096, 4000, 4200] * 50, 2, 8) == [2] * 150
+    assert counts_of([16384] + [512] * 7, 2, 8) == [8] + [1] * 7  # 16384 of a mean of 2496, halved: 13, but 8 at most
+    assert counts_of([3000, 1000, 0, -5], 3, 12) == [9, 3, 1, 1]
+    assert counts_of([5000, 1000], 4, 16, most=1000) == [4, 4]  # a window hides what one has more
+    assert counts_of([5000, 1000], 0, 7) == [7, 7]
+
+
+def test_uneven_lengths_join_to_the_same_result() -> None:
+    lengths = [2100, 0, 300, 40, 700]
+    call = make([1, 1, 1, 1, 1], lengths, heads=2, kv_heads=1, head_dim=16)
+    few = replace(H200, sm_count=2)  # places for 8 programs: 3 splits each, of which the first gets most
+    check(call, device=few)
+    check(call, device=few, window_size=(900, 0))
 
 
 def test_decode_of_every_sort_of_head() -> None:

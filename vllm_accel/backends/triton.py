@@ -20,6 +20,8 @@ from vllm_accel.dispatch.spec import AttentionSpec, Feature
 from vllm_accel.errors import Reason
 
 if TYPE_CHECKING:
+    from vllm_accel.kernels.triton.launch import Launch
+    from vllm_accel.kernels.triton.tiles import Tile
     from vllm_accel.ops.arguments import AttentionSizes
 
 Forward = Callable[[Tensor, Tensor, Tensor, AttentionArgs], tuple[Tensor, "Tensor | None", "Tensor | None"]]
@@ -175,7 +177,11 @@ class TritonAttention:
         args = _tidy(args)
 
         def bind(tf32: bool) -> Any:
-            return self._bound(self._launches.forward_launch(q, k, v, q, lse, rng, args, self._tile, tf32))
+            def launch(tile: Tile) -> Launch:
+                made: Launch = self._launches.forward_launch(q, k, v, q, lse, rng, args, tile, tf32)
+                return made
+
+            return self._bound(made_of=(self._tile, launch))
 
         if not self._fp32_products:
             return _prepared(bind(False), q, v, args)

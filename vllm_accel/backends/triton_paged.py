@@ -13,7 +13,7 @@ from vllm_accel.dispatch.backend import PagedArgs
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.spec import AttentionSpec, Feature
 from vllm_accel.kernels.triton import paged_launch, splits
-from vllm_accel.kernels.triton.launch import Bound
+from vllm_accel.kernels.triton.launch import Bound, Launch
 from vllm_accel.kernels.triton.tiles import Tile
 
 #: Prepared calls that are kept: one per shape, and a decode that grows has a new one per quarter octave.
@@ -99,12 +99,15 @@ class TritonPaged:
         part = torch.empty(scratch, dtype=torch.float32, device=q.device) if scratch else None
         launches: list[tuple[Bound, Bound | None]] = []
         for work in works:
-            launch = paged_launch.attention_launch(
-                work, q, k_cache, v_cache, out, lse, part, args,
-                mla=self._mla, native_e4m3=self._native_e4m3, tf32=tf32,
-            )  # fmt: skip
+
+            def make(tile: Tile, work: splits.Work = work) -> Launch:
+                return paged_launch.attention_launch(
+                    splits.with_tile(work, tile, sizes), q, k_cache, v_cache, out, lse, part, args,
+                    mla=self._mla, native_e4m3=self._native_e4m3, tf32=tf32,
+                )  # fmt: skip
+
             joined = None
             if work.split and part is not None:
                 joined = Bound(paged_launch.combine_launch(work, out, lse, part, args))
-            launches.append((Bound(launch), joined))
+            launches.append((Bound(made_of=(work.tile, make)), joined))
         return _Prepared(launches, scratch)

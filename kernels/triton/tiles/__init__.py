@@ -107,28 +107,20 @@ def nearest(arch: str, known: Sequence[str]) -> str:
     raise LookupError(f"no tiles for {arch}; there are some for {', '.join(known) or 'no architecture'}")
 
 
-def step_down(tile: Tile, shared_limit: int, shared_bytes: Callable[[Tile], int]) -> Tile:
-    """Return `tile`, or the next smaller one whose shared memory fits: stages are halved, then block_n, then block_m.
+def smaller(tile: Tile) -> Tile | None:
+    """Return the tile to try where `tile` takes too much shared memory; None where there is no smaller one.
 
-    Args:
-        shared_limit: bytes that one block can have on the device.
-        shared_bytes: bytes that a tile takes, by a formula or as the compiler reports.
-
-    Raises:
-        ValueError: nothing fits; the message has the numbers.
+    Stages are halved first, then block_n, then block_m: what a tile loses in speed by each is in that order.
     """
-    while (taken := shared_bytes(tile)) > shared_limit:
-        if tile.num_stages > 1:
-            tile = tile._replace(num_stages=(tile.num_stages + 1) // 2)
-        elif tile.block_n > 16:
-            tile = tile._replace(block_n=tile.block_n // 2)
-        elif tile.block_m > 16:
-            # Two warpgroups want 64 rows each; half the rows keep half of them busy.
-            warps = tile.num_warps // 2 if tile.num_warps > 4 else tile.num_warps
-            tile = tile._replace(block_m=tile.block_m // 2, num_warps=warps)
-        else:
-            raise ValueError(f"the smallest tile takes {taken} bytes of shared memory; this device has {shared_limit}")
-    return tile
+    if tile.num_stages > 1:
+        return tile._replace(num_stages=(tile.num_stages + 1) // 2)
+    if tile.block_n > 16:
+        return tile._replace(block_n=tile.block_n // 2)
+    if tile.block_m > 16:
+        # Two warpgroups want 64 rows each; half the rows keep half of them busy.
+        warps = tile.num_warps // 2 if tile.num_warps > 4 else tile.num_warps
+        return tile._replace(block_m=tile.block_m // 2, num_warps=warps)
+    return None
 
 
 def shipped(kernel: str) -> Table:
