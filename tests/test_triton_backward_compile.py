@@ -86,7 +86,7 @@ def spills_in_the_loop(sass: str) -> int:
 
 #: kind, head size -> spill instructions that are accepted: in all, and in the innermost loop. The others lie in the
 #: loop over the query heads of a group. Two accumulators of 64 x 128 fp32 numbers in 4 warps (64 x 256 in 8) take 128
-#: of 255 registers, and the products' operands most of the rest. Triton 3.7.1 (3.6.0): 17 (11); 129 (138), 7 (9) of them
+#: of 255 registers, and the products' operands most of the rest. Triton 3.7.1 (3.6.0): 17 (11); 129 (138), 7 (9)
 #: in the loop; 52 (62). On an H200 they are faster than larger tiles without spills (benchmarks/results/h200).
 HOPPER_SPILLS = {("dkv", 64): (20, 0), ("dkv", 128): (145, 10), ("dkv", 256): (70, 0)}
 
