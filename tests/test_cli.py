@@ -103,6 +103,22 @@ def test_explain_gemm(capsys: pytest.CaptureFixture[str]) -> None:
     assert answer["call"] == "gemm float16, M ~4096, N ~512, K ~64: bias"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "call"),
+    [
+        (["--op", "grouped_gemm"], "rows in groups: M ~4096, N ~512, K ~64, E 8: b column-major"),
+        (["--op", "grouped_gemm", "--experts", "3", "--batch-invariant", "--bias"], "E 3: bias, batch_invariant"),
+        (["--op", "scaled_gemm", "--scaling", "1x128,128x128"], "gemm float8_e4m3fn -> bfloat16, M ~4096"),
+        (["--op", "scaled_gemm", "--experts", "4", "--dtype", "int8"], "grouped_gemm int8 -> bfloat16"),
+        (["--op", "fused_moe", "--top-k", "3", "--grad"], "fused_moe bfloat16, 4096 tokens to 3 of 8 experts"),
+    ],
+)  # fmt: skip
+def test_explain_products(capsys: pytest.CaptureFixture[str], arguments: list[str], call: str) -> None:
+    assert main(["explain", *arguments, "--mnk", "4096,512,64", "--json", "--device", "cpu"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["op"] == "gemm" and call in answer["call"] and answer["chosen"] in ("cpu", "reference")
+
+
 def test_explain_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--q", "1,64,8,64", "--causal", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
@@ -126,13 +142,17 @@ def test_explain_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         (["--q", "1,64,8,64", "--dropout", "1.5"], "dropout_p must be"),
         (["--q", "1,64,8,64", "--backend", "flash_atn"], "did you mean 'flash_attn'?"),
         (["--q", "1,64,8,64", "--device", "h1000"], "device 'h1000' is not known; known: v100, t4"),
-        (["--q", "1,64,8,64", "--dtype", "int8"], "argument --dtype: invalid choice"),
+        (["--q", "1,64,8,64", "--dtype", "int4"], "argument --dtype: invalid choice"),
         (["--q", "1,64,8,64", "--bias", "--mask"], "not allowed with argument"),
         (["--q", "1,64,8,64", "--varlen", "--bias"], "packed sequences take no attn_bias"),
         (["--q", "1,64,8,64", "--mnk", "1,2,3"], "--mnk belongs to --op gemm"),
         (["--op", "gemm"], "--op gemm needs --mnk M,N,K"),
         (["--op", "gemm", "--mnk", "1,2,3", "--q", "1,2,3,4"], "--q belongs to --op attention"),
-        (["--op", "gemm", "--mnk", "1,2,3", "--batch-invariant"], "--batch-invariant belongs to --op attention"),
+        (["--op", "gemm", "--mnk", "1,2,3", "--experts", "4"], "--experts does not go with --op gemm"),
+        (["--op", "grouped_gemm", "--mnk", "1,2,3", "--scaling", "row,row"], "--scaling does not go with"),
+        (["--op", "scaled_gemm", "--mnk", "1,2,3", "--scaling", "row"], "--scaling takes A,B"),
+        (["--op", "fused_moe", "--mnk", "1,2,3", "--experts", "0"], "--experts must be at least 1"),
+        (["--q", "1,64,8,64", "--experts", "4"], "--experts belongs to --op gemm"),
     ],
 )
 def test_wrong_values_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], text: str) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from vllm_accel.cli import console
+from vllm_accel.cli import console, explain_gemm
 from vllm_accel.cli.machine import named_device
 
 DTYPES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
     "fp32": torch.float32, "float32": torch.float32, "fp64": torch.float64, "float64": torch.float64,
-    "fp8": torch.float8_e4m3fn, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2,
+    "fp8": torch.float8_e4m3fn, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8,
 }  # fmt: skip
 
 NOTHING_RUNS = 1
@@ -24,27 +24,26 @@ NOTHING_RUNS = 1
 #: Options that mean nothing for a matrix product, with their value where they are not given.
 _ATTENTION_ONLY: dict[str, object] = {
     "q": None, "kv_heads": None, "kv_len": None, "head_dim_v": None, "window": None, "softcap": 0.0, "dropout": 0.0,
-    "causal": False, "alibi": False, "mask": False, "sinks": False, "lse": False, "deterministic": False,
-    "batch_invariant": False, "varlen": False,
+    "causal": False, "alibi": False, "mask": False, "sinks": False, "lse": False, "varlen": False,
 }  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``vllm-accel explain``."""
     add = parser.add_argument
-    add("--op", choices=("attention", "gemm"), default="attention")
+    add("--op", choices=("attention", *explain_gemm.PRODUCTS), default="attention")
     add("--q", metavar="B,Sq,H,D", help="shape of q")
     add("--kv-heads", type=int, metavar="HKV", help="key heads; default H")
     add("--kv-len", type=int, metavar="SK", help="key length; default Sq")
     add("--head-dim-v", type=int, metavar="DV", help="head size of v; default D")
-    add("--mnk", metavar="M,N,K", help="sizes of the product, with --op gemm")
+    explain_gemm.add_arguments(parser)
     add("--dtype", choices=tuple(DTYPES), default="bf16", metavar="DTYPE", help=", ".join(DTYPES))
     add("--causal", action="store_true")
     add("--window", metavar="L,R", help="keys seen to the left and right of the diagonal, -1 for unlimited")
     add("--softcap", type=float, default=0.0, metavar="X")
     add("--alibi", action="store_true", help="with ALiBi slopes")
     mask = parser.add_mutually_exclusive_group()
-    mask.add_argument("--bias", action="store_true", help="with an additive attn_bias; for gemm: with a bias")
+    mask.add_argument("--bias", action="store_true", help="with an additive attn_bias; for products: with a bias")
     mask.add_argument("--mask", action="store_true", help="with a boolean attn_bias")
     add("--sinks", action="store_true", help="with attention sinks")
     add("--dropout", type=float, default=0.0, metavar="P")
@@ -63,7 +62,7 @@ def run(given: argparse.Namespace) -> int:
     from vllm_accel import explain
 
     try:
-        fn, args, kwargs = _gemm_call(given) if given.op == "gemm" else _attention_call(given)
+        fn, args, kwargs = _attention_call(given) if given.op == "attention" else _gemm_call(given)
         if given.backend is not None:
             kwargs["backend"] = tuple(part.strip() for part in given.backend.split(",") if part.strip())
         selection = explain(fn, *args, device=named_device(given.device), **kwargs)
@@ -101,8 +100,9 @@ def _attention_call(given: argparse.Namespace) -> tuple[Any, tuple[Any, ...], di
 
     if given.q is None:
         raise ValueError("--q B,Sq,H,D is needed, for example --q 1,4096,32,128")
-    if given.mnk is not None:
-        raise ValueError("--mnk belongs to --op gemm")
+    for name in ("mnk", "experts", "top_k", "scaling"):
+        if getattr(given, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --op gemm and the other products")
     batch, seqlen_q, heads, head_dim = _ints("--q", given.q, "B,Sq,H,D", 4)
     seqlen_k = seqlen_q if given.kv_len is None else given.kv_len
     kv_heads = heads if given.kv_heads is None else given.kv_heads
@@ -144,17 +144,12 @@ def _attention_call(given: argparse.Namespace) -> tuple[Any, tuple[Any, ...], di
 
 
 def _gemm_call(given: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    from vllm_accel import gemm
-
     if given.mnk is None:
-        raise ValueError("--op gemm needs --mnk M,N,K, for example --mnk 4096,4096,4096")
+        raise ValueError(f"--op {given.op} needs --mnk M,N,K, for example --mnk 4096,4096,4096")
     for name, unset in _ATTENTION_ONLY.items():
         if getattr(given, name) not in (unset, None):
             raise ValueError(f"--{name.replace('_', '-')} belongs to --op attention")
-    m, n, k = _ints("--mnk", given.mnk, "M,N,K", 3)
-    dtype = DTYPES[given.dtype]
-    a, b = _meta(m, k, dtype=dtype, grad=given.grad), _meta(k, n, dtype=dtype, grad=given.grad)
-    return gemm, (a, b), {"bias": _meta(n, dtype=dtype) if given.bias else None}
+    return explain_gemm.call(given, DTYPES[given.dtype], _ints("--mnk", given.mnk, "M,N,K", 3))
 
 
 def _meta(*shape: int, dtype: torch.dtype, grad: bool = False) -> torch.Tensor:
