@@ -46,6 +46,10 @@ REFUSED_BY_FAKES = {
 }  # fmt: skip
 
 
+def _usable(name: str) -> bool:
+    return name in registry.names("attention") and registry.get("attention", name).unavailable_reason() is None
+
+
 def call(backend: str | None = None) -> Any:
     """Return the public call of a case, for one backend."""
 
@@ -348,7 +352,12 @@ def test_every_option_changes_the_spec() -> None:
     assert (plain.block_size, wider.block_size) == (4, 8) and wider.compile_kind().block_size == 8
 
 
-@pytest.mark.parametrize("name", ["reference", "sdpa_cpu"])
+HOST_BACKENDS = [name for name in ("reference", "sdpa_cpu", "cpu") if _usable(name)]
+#: What a copy for PyTorch's CPU kernel cannot do; the two others do everything.
+HOST_REFUSES = {"sdpa_cpu": {"softcap", "q_descale", "batch_invariant"}}
+
+
+@pytest.mark.parametrize("name", HOST_BACKENDS)
 def test_every_option_changes_the_output_or_is_refused(name: str) -> None:
     tensors, options = _call()
     plain = attention_paged(*tensors, backend=name, **options)
@@ -357,15 +366,40 @@ def test_every_option_changes_the_output_or_is_refused(name: str) -> None:
         "sinks": torch.rand(4) + 2, "q_descale": torch.full((), 2.0), "k_descale": torch.full((2,), 2.0),
         "v_descale": torch.full((2, 2), 2.0),
     }  # fmt: skip
+    assert _changed(lambda **more: attention_paged(*tensors, backend=name, **options, **more), plain, flipped) == (
+        HOST_REFUSES.get(name, set())
+    )
+
+
+@pytest.mark.parametrize("name", HOST_BACKENDS)
+def test_every_option_of_mla_changes_the_output_or_is_refused(name: str) -> None:
+    (q, k, _), options = _call()
+    options |= {"head_dim_v": 12, "softmax_scale": 0.2, "backend": name}
+    kv_cache = k[:, :, 0].contiguous()
+    plain = attention_mla(q, kv_cache, **options)
+    flipped: dict[str, Any] = {
+        "causal": True, "window_size": (3, -1), "softmax_scale": 0.9, "softcap": 0.5, "sinks": torch.rand(4) + 2,
+        "q_descale": torch.full((), 2.0), "kv_descale": torch.full((), 2.0), "head_dim_v": 9,
+    }  # fmt: skip
+
+    def call(**more: Any) -> Any:
+        out = attention_mla(q, kv_cache, **{**options, **more})
+        return torch.nn.functional.pad(out, (0, 12 - out.shape[-1]))
+
+    assert _changed(call, plain, flipped) == HOST_REFUSES.get(name, set())
+
+
+def _changed(call: Any, plain: torch.Tensor, flipped: dict[str, Any]) -> set[str]:
+    """Check that each option changes the numbers and no constraint does; return those that are refused."""
     refused = set()
-    for option, value in flipped.items():
+    for option, value in (flipped | dict.fromkeys(("deterministic", "batch_invariant", "finite_tail"), True)).items():
         try:
-            out = attention_paged(*tensors, backend=name, **options, **{option: value})
+            out = call(**{option: value})
         except UnsupportedCallError:
             refused.add(option)
         else:
-            assert (out - plain).abs().max() > 1e-3, option
-    assert refused == (set() if name == "reference" else {"softcap", "q_descale"})
+            assert ((out - plain).abs().max() > 1e-3) == (option in flipped), option
+    return refused
 
 
 # --- choice ----------------------------------------------------------------------------------------------------------

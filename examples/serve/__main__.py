@@ -105,14 +105,19 @@ def build(model: Decoder, console: Console) -> None:
 
 def run(engine: Engine, requests: Sequence[Request], console: Console) -> float:
     """Serve all requests, with a bar, and return the seconds it took."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("tokens  {task.description}"), TimeElapsedColumn())
+    columns = (BarColumn(10), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     start = time.perf_counter()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=sum(request.wanted for request in requests))
         for _ in serve(engine, requests):
             used = engine.cache.num_blocks - engine.cache.free_blocks
-            told = f"{len(engine.running)} running, {len(engine.waiting)} waiting, {used} blocks"
-            progress.update(task, completed=sum(len(request.answer) for request in requests), description=told)
+            answered = sum(len(request.answer) for request in requests)
+            rate = answered / (time.perf_counter() - start)
+            told = (
+                f"tokens, {rate:.0f}/s, {len(engine.running)} running, {len(engine.waiting)} waiting, "
+                f"{used}/{engine.cache.num_blocks} blocks"
+            )
+            progress.update(task, completed=answered, description=told)
     engine.close()
     return time.perf_counter() - start
 
