@@ -13,6 +13,8 @@ from vllm_accel.dispatch.backend import GemmArgs
 from vllm_accel.dispatch.device import PRESETS
 from vllm_accel.dispatch.gemm_spec import Form, Scaling
 from vllm_accel.ops.gemm_arguments import GemmOptions, describe, factor_shape, spec_of
+from vllm_accel.testing import GEMM_CASES, GemmCase
+from vllm_accel.testing.conformance_gemm import check_gemm_backend
 
 E4M3 = torch.float8_e4m3fn
 #: (rows, columns) of one factor of a; those of b are the other way round.
@@ -167,3 +169,10 @@ def test_scalings_that_it_lacks_are_the_ones_with_blocks_of_rows_of_a() -> None:
     known = [scaling for scaling in Scaling if scaling is not Scaling.NONE]
     missing = set(itertools.product(known, known)) - BACKEND.capability.scalings
     assert {pair[0] for pair in missing} == {Scaling.BLOCK_128x128}
+
+
+@pytest.mark.parametrize("case", GEMM_CASES, ids=lambda case: case.name)
+def test_the_conformance_cases(case: GemmCase) -> None:
+    """As on a Hopper GPU; what it refuses is a factor for blocks of rows of a."""
+    outcome = check_gemm_backend(BACKEND, case, device=PRESETS["h200"])
+    assert outcome.ran == (case.name != "fp8_block_a"), outcome
