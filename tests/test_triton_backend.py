@@ -70,6 +70,11 @@ def test_what_it_refuses_has_a_reason() -> None:
 
     assert reasons(_meta(1, 8, 2, 320)) == ["head_dim"]
     assert reasons(_meta(1, 8, 2, 64, dtype=torch.float64)) == ["dtype"]
+    together = {"window_size": (4, 0), "softcap": 3.0, "alibi_slopes": _meta(2, dtype=torch.float32)}
+    assert reasons(_meta(1, 8, 2, 64), **together) == ["together"]
+    for one in together:
+        fewer = {name: value for name, value in together.items() if name != one}
+        assert "together" not in reasons(_meta(1, 8, 2, 64), **fewer)
     assert reasons(_meta(1, 8, 2, 64), dropout_p=0.1, batch_invariant=True) == ["dropout_position"]
     assert reasons(_meta(2**22, 64, 128, 64), backend="triton") == ["grid"]
 

@@ -48,8 +48,9 @@ class Variant(NamedTuple):
 
 
 #: By tile of the head size. D = 256 fits in 227 KiB with BN = 64 only, and 3 stages of D = 128 with one Q slot only.
-#: The fastest of four or five on an H200 (Triton 3.6.0, python -m benchmarks.gpu_triton, 2026-11-27); NOTES.md has all.
-VARIANTS = {64: Variant(bn=128, persistent=True), 128: Variant(bn=128), 256: Variant(bn=64)}
+#: The fastest of four or five on an H200 (Triton 3.6.0, python -m benchmarks.gpu_triton, 2026-11-27) but for persistent
+#: blocks at D = 64, whose results were checked on small calls only; NOTES.md has all.
+VARIANTS = {64: Variant(bn=128, stages=3), 128: Variant(bn=128), 256: Variant(bn=64)}
 
 
 def tile_dim(head_dim: int, head_dim_v: int) -> int:

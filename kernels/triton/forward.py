@@ -3,6 +3,9 @@
 Milakov and Gimelshein 2018 (online softmax), Dao 2023 (FlashAttention-2: one program per block of rows). A program
 walks the keys that its rows see in up to three loops: the left edge of a window, the interior, where nothing is masked,
 and the right edge (the diagonal, or the end of the keys). See `scores` for the logits.
+
+Layouts: q, k, v (B, S, heads, D) or packed (T, heads, D) with cu_seqlens, any strides with the innermost 1; out and lse
+contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal` or `_heavy` where those differ.
 """
 
 import triton

@@ -4,6 +4,10 @@ One kernel. Its rows are query tokens times the heads of a group, its keys are g
 of any size, and a sequence's keys may be shared out among `num_splits` programs whose results `combine.py` joins
 (FlashDecoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html; online softmax: Milakov and Gimelshein 2018).
 Everything about a sequence is read on the device, so a captured CUDA graph can be replayed with other lengths.
+
+Layouts: q (tokens, num_heads, D), caches (num_blocks, PAGE, num_kv_heads, D / DV), any strides with the innermost 1; a
+row of the block table for each sequence. Tiles: `tiles/paged.json` and `tiles/mla.json`, by the rows that a sequence
+has for a key head: `m16`, `m32`, `m64` and `prefill`.
 """
 
 import triton

@@ -311,7 +311,8 @@ def test_deterministic_calls_never_take_the_fused_form(arch: str) -> None:
     for head_dim in (16, 64, 128, 256):
         tiles = backward.choose_tiles(arch, torch.bfloat16, head_dim, 16, deterministic=True)
         assert tiles.keys() == {"dkv", "dq", "bias"}
-    assert "fused" in backward.choose_tiles(arch, torch.bfloat16, 64, 64, deterministic=False)
+    # On Hopper the split form was measured to be the faster one.
+    assert ("fused" in backward.choose_tiles(arch, torch.bfloat16, 64, 64, deterministic=False)) == (arch != "sm_90")
 
 
 def test_tolerance_notices_a_small_error() -> None:

@@ -38,6 +38,7 @@ _HEAVY = (
     | Feature.Q_DESCALE
     | Feature.K_DESCALE
 )
+_WRONG = Feature.WINDOW_LEFT | Feature.SOFTCAP | Feature.ALIBI
 _TENSOR_FIELDS = AttentionArgs._fields.index("max_seqlen_q")
 #: A launch has at most this many blocks along its first axis.
 _MAX_BLOCKS = 2**31 - 1
@@ -60,6 +61,17 @@ def _head_dim(spec: AttentionSpec, device: Device) -> str | None:
             return f"does MLA with up to 512 latent and 1 to 64 rotary channels; this call has {latent} and {rope}"
     elif largest > (limit := _MAX_PAGED_HEAD_DIM if Feature.PAGED in spec.features else _MAX_HEAD_DIM):
         return f"head sizes up to {limit}; this call has {largest}"
+    return None
+
+
+def _together(spec: AttentionSpec, device: Device) -> str | None:
+    """Refuse what an H200 computed wrongly, though the interpreter does not; the cause is not found yet.
+
+    Conformance cases "everything" (python -m benchmarks.gpu_triton, Triton 3.6.0, 2026-11-27): head sizes of 40 and 24,
+    sinks and a bias were part of them too, and each of the options is right alone and in pairs.
+    """
+    if device.compute_capability == (9, 0) and _WRONG in spec.features:
+        return "a window, softcap and ALiBi together gave wrong numbers on an H200 (Triton 3.6.0), each alone did not"
     return None
 
 
@@ -112,7 +124,7 @@ class TritonBackend:
         # 1.5 s for a new kind of forward (H200, Triton 3.6.0, 2026-11-23); gradients take three to five more kernels.
         # Triton keeps what it compiled on disk, for later processes.
         first_call_seconds=4.0,
-        rules=(Rule("head_dim", _head_dim), Rule("dropout_position", _dropout)),
+        rules=(Rule("head_dim", _head_dim), Rule("dropout_position", _dropout), Rule("together", _together)),
         guards=(Guard("grid", _blocks),),
     )
 
