@@ -221,6 +221,27 @@ def test_states_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| sdpa_cpu | cpu | OK |" in lines
 
 
+def test_products_are_probed_dense_and_by_groups() -> None:
+    from vllm_accel.dispatch.gemm_spec import Form, GemmSpec
+    from vllm_accel.dispatch.spec import Feature
+    from vllm_accel.probe import steps
+
+    backend = registry.get("gemm", "torch_grouped")
+    outcomes: dict[str, set[bool]] = {}
+    for step in steps.steps("gemm", backend, detect(CPU), CPU):
+        try:
+            step.run()
+        except vllm_accel.UnsupportedCallError:
+            outcomes.setdefault(step.part, set()).add(False)
+        else:
+            outcomes.setdefault(step.part, set()).add(True)
+    assert outcomes["gemm"] == {False}
+    assert outcomes["grouped"] == {True}
+    spec = GemmSpec(Form.GROUPED_M, *(torch.float32,) * 3, 8, 8, 8, 2, Feature.GRAD)
+    assert probed.parts_of("gemm", spec) == ("grouped", "gradients")
+    assert probed.parts_of("gemm", replace(spec, form=Form.DENSE, features=Feature(0))) == ("gemm",)
+
+
 def test_a_section_that_hangs_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 

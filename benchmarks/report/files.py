@@ -46,7 +46,8 @@ class Source:
         packages = about.get("packages")
         if isinstance(packages, dict):
             versions += [f"{name} {version}" for name, version in packages.items() if name not in ("vllm-accel",)]
-        parts = [self.hardware, ", ".join(versions), str(about.get("date", ""))[:10], str(about.get("command", ""))]
+        parts = [self.hardware, ", ".join(versions), str(about.get("date", ""))[:10], str(about.get("command", "")),
+                 str(about.get("remark", ""))]  # fmt: skip
         return " · ".join(part for part in parts if part)
 
 

@@ -93,7 +93,8 @@ def _examine(
     idle = outcome is not None and outcome.refused and not outcome.right
     if outcome is not None and idle:
         return state("UNSUPPORTED", outcome.refusal, "nothing to do: other backends run", version)  # type: ignore[no-any-return]
-    if len(candidates) == KINDS.get(op) and all(c.state is State.UNSUPPORTED for c in candidates):
+    ran = outcome is not None and outcome.right > 0
+    if not ran and len(candidates) == KINDS.get(op) and all(c.state is State.UNSUPPORTED for c in candidates):
         text = "; ".join(r.text for r in candidates[0].reasons)
         return state("UNSUPPORTED", text, "nothing to do: other backends run", version)  # type: ignore[no-any-return]
     notes = [f"not taken automatically: {c.reasons[0].text}" for c in held[:1] if c.reasons]

@@ -24,6 +24,7 @@ import torch
 from vllm_accel.dispatch import measured, plan
 from vllm_accel.dispatch import settings as settings_module
 from vllm_accel.dispatch.device import Device
+from vllm_accel.dispatch.gemm_spec import Form
 from vllm_accel.dispatch.spec import AttentionSpec, Feature
 from vllm_accel.dispatch.table_file import locked
 from vllm_accel.errors import Reason
@@ -72,9 +73,10 @@ def environment(device: Device) -> dict[str, str]:
 
 def parts_of(op: str, spec: Any) -> tuple[str, ...]:
     """Name the parts of a backend that a kind of call needs, as the probe tells them apart."""
+    features = getattr(spec, "features", Feature(0))
     if not isinstance(spec, AttentionSpec):
-        return ("gradients", op) if getattr(spec, "grad", False) else (op,)
-    features = spec.features
+        form = op if getattr(spec, "form", Form.DENSE) is Form.DENSE else "grouped"
+        return (form, "gradients") if Feature.GRAD in features else (form,)
     if Feature.PAGED in features:
         return ("mla",) if Feature.MLA in features else ("paged",)
     form = "varlen" if Feature.VARLEN in features else "dense"

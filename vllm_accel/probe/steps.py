@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from vllm_accel import gemm, grouped_gemm
 from vllm_accel.dispatch.backend import Backend
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.selector import MAX_FIRST_CALL_SECONDS
@@ -54,7 +56,7 @@ def steps(op: str, backend: Backend, device: Device, where: torch.device) -> Ite
             if op == "attention":
                 yield from _attention(backend, device, where, dtype)
             elif op == "gemm":
-                yield from _gemm(backend, device, where, dtype)
+                yield from _gemm(backend, where, dtype)
 
 
 def _attention(backend: Backend, device: Device, where: torch.device, dtype: torch.dtype) -> Iterator[Step]:
@@ -81,33 +83,55 @@ def _attention(backend: Backend, device: Device, where: torch.device, dtype: tor
             yield Step("mla" if paged.mla else "paged", f"paged {paged.name}, {kind}", check)
 
 
-def _gemm(backend: Backend, device: Device, where: torch.device, dtype: torch.dtype) -> Iterator[Step]:
-    """Use the public call, whose forms grow: one name of a backend stands for its dense products here."""
-    from vllm_accel import gemm
-
+def _gemm(backend: Backend, where: torch.device, dtype: torch.dtype) -> Iterator[Step]:
+    """Use the public calls, dense and by groups of rows (one of them empty, one short of the end)."""
+    kind = str(dtype).removeprefix("torch.")
     for m, n, k, with_bias in ((33, 48, 64, False), (1, 64, 128, True)):
 
         def check(m: int = m, n: int = n, k: int = k, with_bias: bool = with_bias, grad: bool = False) -> None:
-            generator = torch.Generator().manual_seed(m)
-            drawn = [torch.randn(size, generator=generator).to(dtype) for size in ((m, k), (k, n), (n,))]
-            ours = [t.to(where).requires_grad_(grad) for t in drawn]
-            truth = [t.double().requires_grad_(grad) for t in drawn]
-            got = gemm(ours[0], ours[1], ours[2] if with_bias else None, backend=backend.name)
-            want = truth[0] @ truth[1] + (truth[2] if with_bias else 0.0)
-            pairs = [("the product", got, want)]
-            if grad:
-                dout = torch.randn(m, n, generator=generator).to(dtype)
-                found = torch.autograd.grad(got, ours[:2], dout.to(where))
-                pairs = [
-                    (f"d{name}", g, w)
-                    for name, g, w in zip("ab", found, torch.autograd.grad(want, truth[:2], dout.double()), strict=True)
-                ]
-            for name, actual, expected in pairs:
-                _compare(name, actual, expected.detach(), dtype)
+            def truth(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+                return a @ b if bias is None else a @ b + bias
 
-        name = f"{m} x {k} x {n}{' + bias' if with_bias else ''}, {str(dtype).removeprefix('torch.')}"
+            shapes = ((m, k), (k, n), *([(n,)] if with_bias else []))
+            _check_product(lambda *t: gemm(*t, backend=backend.name), truth, shapes, where, dtype, grad)
+
+        name = f"{m} x {k} x {n}{' + bias' if with_bias else ''}, {kind}"
         yield Step("gemm", name, check)
         yield Step("gradients", f"backward of {name}", lambda check=check: check(grad=True))  # type: ignore[misc]
+
+    def grouped(grad: bool = False) -> None:
+        ends = (16, 16, 40)
+        offs = torch.tensor(ends, dtype=torch.int32, device=where)
+
+        def truth(a: Tensor, b: Tensor) -> Tensor:
+            rows = [a[start:end] @ b[e] for e, (start, end) in enumerate(zip((0, *ends), ends, strict=False))]
+            return torch.cat([*rows, a.new_zeros(48 - ends[-1], b.shape[-1])])
+
+        shapes = ((48, 64), (3, 64, 32))
+        _check_product(lambda a, b: grouped_gemm(a, b, offs, backend=backend.name), truth, shapes, where, dtype, grad)
+
+    yield Step("grouped", f"three groups, {kind}", grouped)
+    yield Step("gradients", f"backward of three groups, {kind}", lambda: grouped(grad=True))
+
+
+def _check_product(
+    call: Callable[..., Tensor], truth: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...], where: torch.device,
+    dtype: torch.dtype, grad: bool,
+) -> None:  # fmt: skip
+    """Compare a product, and its gradients where they are asked for, with float64 on the host."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    ours = [t.to(where).requires_grad_(grad) for t in drawn]
+    exact = [t.double().requires_grad_(grad) for t in drawn]
+    got, want = call(*ours), truth(*exact)
+    _compare("the product", got, want.detach(), dtype)
+    if grad:
+        dout = torch.randn(want.shape, generator=generator).to(dtype)
+        found = torch.autograd.grad(got, ours, dout.to(where))
+        for name, g, w in zip(
+            ("da", "db", "dbias"), found, torch.autograd.grad(want, exact, dout.double()), strict=False
+        ):
+            _compare(name, g, w, dtype)
 
 
 def _compare(name: str, got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
