@@ -143,7 +143,11 @@ def clock(device: torch.device) -> Clock:
 
 
 def in_turns(
-    calls: Mapping[str, Call], timer: Clock, rounds: int, round_seconds: float = ROUND_SECONDS
+    calls: Mapping[str, Call],
+    timer: Clock,
+    rounds: int,
+    round_seconds: float = ROUND_SECONDS,
+    budget_seconds: float = BUDGET_SECONDS,
 ) -> dict[str, Timed]:
     """Time every call `rounds` times (slow ones less often) in turns; an exception ends that contestant only."""
     found = {name: Timed() for name in calls}
@@ -155,7 +159,7 @@ def in_turns(
             found[name].peak = timer.peak(call)
             once = max(timer.seconds(call, 1), 1e-7)
             times[name] = max(1, min(50, int(round_seconds / once)))
-            limit[name] = max(2, min(rounds, int(BUDGET_SECONDS / (once * times[name]))))
+            limit[name] = max(2, min(rounds, int(budget_seconds / (once * times[name]))))
 
         _guarded(found[name], first)
     order = list(calls)

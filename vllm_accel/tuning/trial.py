@@ -26,6 +26,8 @@ _SINGLE_NOISE = 0.25
 _SHORT = 5e-4
 #: A round of one backend; the median of the rounds counts.
 _ROUND_SECONDS = 0.01
+#: What one backend may take in all, at one shape.
+_BUDGET_SECONDS = 0.4
 ROUNDS = 7
 
 
@@ -156,7 +158,7 @@ def _timed(
 ) -> dict[str, Timing]:
     clock = timing.clock(device)
     times = {}
-    for name, timed in timing.in_turns(calls, clock, rounds, round_seconds).items():
+    for name, timed in timing.in_turns(calls, clock, rounds, round_seconds, _BUDGET_SECONDS).items():
         if timed.seconds is None:
             found.row.failed[name] = timed.error  # type: ignore[index]
             _assert_alive(device, found.row, name)
