@@ -125,7 +125,14 @@ def test_doctor_gives_every_backend_a_state_a_reason_and_an_action() -> None:
 def test_doctor_says_what_runs_here() -> None:
     report = doctor.examine()
     verdict = report["sections"]["verdict"]
-    assert [row["work"].split()[0] for row in verdict] == ["prefill", "decode", "training", "matrix"]
+    assert [row["work"].split()[0] for row in verdict] == [
+        "prefill",
+        "decode",
+        "training",
+        "matrix",
+        "tokens",
+        "mixture",
+    ]
     q = torch.empty(1, 4096, 32, 128, dtype=torch.bfloat16, device="meta")
     k = torch.empty(1, 4096, 8, 128, dtype=torch.bfloat16, device="meta")
     device = doctor_machine.devices()[0]

@@ -119,7 +119,7 @@ class Examined:
 
 
 def _typical_work(device: Device) -> dict[str, tuple[Any, tuple[torch.Tensor, ...]]]:
-    from vllm_accel import attention, gemm
+    from vllm_accel import attention, fused_moe, gemm, grouped_gemm
 
     causal = functools.partial(attention, causal=True)
     dtype = half(device)  # the libraries for older GPUs take fp16 only
@@ -134,6 +134,18 @@ def _typical_work(device: Device) -> dict[str, tuple[Any, tuple[torch.Tensor, ..
         f"decode ({name}, 1 token over 4096)": (causal, make(decode, keys, keys)),
         f"training ({name}, 4096 tokens)": (causal, make(prefill, keys, keys, grad=True)),
         f"matrix product ({name}, 4096 x 4096 x 4096)": (functools.partial(gemm), make((4096, 4096), (4096, 4096))),
+        f"tokens by expert ({name}, 4096 tokens, 8 experts)": (
+            functools.partial(grouped_gemm),
+            (*make((4096, 4096), (8, 4096, 4096)), torch.empty(8, dtype=torch.int32, device="meta")),
+        ),
+        f"mixture of experts ({name}, 4096 tokens to 2 of 8)": (
+            functools.partial(fused_moe),
+            (
+                *make((4096, 4096), (8, 4096, 8192), (8, 4096, 4096)),
+                torch.empty(4096, 2, device="meta"),
+                torch.empty(4096, 2, dtype=torch.int64, device="meta"),
+            ),
+        ),
     }
 
 

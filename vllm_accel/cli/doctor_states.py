@@ -18,7 +18,7 @@ from vllm_accel.errors import Reason
 from vllm_accel.probe import Outcome
 
 #: Questions that the verdict asks about an operation; one that raises has no selection.
-KINDS = {"attention": 3, "gemm": 1}
+KINDS = {"attention": 3, "gemm": 3}
 #: Reasons that no call on this device can get around.
 DEVICE_CODES = frozenset({"platform", "compute_capability", "arch", "cuda_version"})
 #: A backend this much slower than the fastest one is OK-SLOW; less is within what one short call can tell.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vllm_accel.backends.gemm.align import column_major, copies, padded, row_major
 from vllm_accel.backends.gemm.groups import add_group_bias
+from vllm_accel.backends.gemm.moe import ComposedMoe, bind_moe, products_of, with_moe
 from vllm_accel.dispatch.backend import GemmArgs
 from vllm_accel.dispatch.capability import Guard, Rule
 from vllm_accel.dispatch.device import Device
@@ -82,17 +83,19 @@ class CutlassGemm:
     """The GEMM backend `cutlass`."""
 
     name = "cutlass"
-    capability = GemmCapability(
-        platforms=frozenset({"cuda"}),
-        compute_capabilities=frozenset({(8, 0), (8, 6), (8, 7), (8, 9), (9, 0)}),
-        dtypes=frozenset(_ELEMENTS),
-        out_dtypes=frozenset({torch.bfloat16}),
-        forms=frozenset({Form.GROUPED_M}),
-        scalings=frozenset({UNSCALED, _BLOCKS}),
-        features=Feature.BIAS | Feature.DETERMINISTIC,
-        rules=(Rule("fp8", _fp8), Rule("not_built", _built)),
-        guards=(Guard("sizes", _sizes),),
-        size_notes=(Guard("copies", _costs),),
+    capability = with_moe(
+        GemmCapability(
+            platforms=frozenset({"cuda"}),
+            compute_capabilities=frozenset({(8, 0), (8, 6), (8, 7), (8, 9), (9, 0)}),
+            dtypes=frozenset(_ELEMENTS),
+            out_dtypes=frozenset({torch.bfloat16}),
+            forms=frozenset({Form.GROUPED_M}),
+            scalings=frozenset({UNSCALED, _BLOCKS}),
+            features=Feature.BIAS | Feature.DETERMINISTIC,
+            rules=(Rule("fp8", _fp8), Rule("not_built", _built)),
+            guards=(Guard("sizes", _sizes),),
+            size_notes=(Guard("copies", _costs),),
+        )
     )
 
     def version(self) -> str | None:
@@ -110,12 +113,15 @@ class CutlassGemm:
         Raises:
             RuntimeError: nvcc failed; the message has its last lines.
         """
-        failed = build.build([_variant(spec, device)])
+        products = products_of(spec) if spec.form is Form.MOE else (spec,)
+        failed = build.build(list(dict.fromkeys(_variant(product, device) for product in products)))
         for variant, text in failed.items():
             raise RuntimeError(f"nvcc could not build {variant}: {text}")
 
-    def bind(self, spec: GemmSpec, device: Device) -> CutlassGemmKernel:
+    def bind(self, spec: GemmSpec, device: Device) -> CutlassGemmKernel | ComposedMoe:
         """Return the products of a kind of call."""
+        if spec.form is Form.MOE:
+            return bind_moe(self, spec, device)
         return CutlassGemmKernel(spec, device)
 
 

@@ -53,14 +53,15 @@ class ReferenceGemm(TorchBackend):
         """Return the products of a kind of call."""
         if spec.form is Form.MOE:
             return bind_moe(self, spec, device)
-        return ReferenceGemmKernel(spec)
+        return ReferenceGemmKernel(spec, device)
 
 
 class ReferenceGemmKernel:
     """Products of one kind of call."""
 
-    def __init__(self, spec: GemmSpec) -> None:
+    def __init__(self, spec: GemmSpec, device: Device) -> None:
         self._spec = spec
+        self._masks = device.type != "cpu"  # spans would be read on the host
         self._wide = _wide(spec.dtype)
         self._tiled = Feature.BATCH_INVARIANT in spec.features and spec.form is not Form.GROUPED_K
 
@@ -69,7 +70,7 @@ class ReferenceGemmKernel:
         form, wide = self._spec.form, self._wide
         if form is Form.DENSE:
             out = self._product(a, b, args, None)
-        elif form is Form.BATCHED or not a.is_cuda:
+        elif form is Form.BATCHED or not self._masks:
             groups = b.shape[0] if args.offs is None else args.offs.shape[0]
             lead = () if form is Form.GROUPED_M else (groups,)
             out = a.new_zeros((*lead, a.shape[-2], b.shape[-1]), dtype=wide)

@@ -130,6 +130,7 @@ class TorchGroupedKernel:
             # Ends that go down or past the last row would end in a device-side assert or outside of the tensors.
             rows = a.shape[0] if form is Form.GROUPED_M else a.shape[1]
             offs = offs if args.full else offs.clamp(0, rows).cummax(0).values.to(torch.int32)
+            args = args._replace(offs=offs)
         if spec.scaling_a is not Scaling.NONE:
             out = self._scaled(a, b, offs, args)
         else:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_accel.backends.gemm.moe import ComposedMoe, bind_moe, with_moe
 from vllm_accel.backends.triton import tf32_allowed
 from vllm_accel.dispatch.backend import GemmArgs
 from vllm_accel.dispatch.capability import Guard
@@ -68,21 +69,26 @@ class TritonGemm:
     """The GEMM backend `triton`."""
 
     name = "triton"
-    capability = GemmCapability(
-        platforms=frozenset({"cuda", "rocm"}),
-        # Compiled for 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0 (tests/test_grouped_gemm_compile.py); others take a relative's.
-        compute_capabilities=frozenset({(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)}),
-        archs=frozenset({"gfx90a", "gfx942"}),
-        dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32, torch.int8}) | FP8,
-        b_dtypes=FP8,
-        out_dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
-        forms=frozenset({Form.DENSE, Form.GROUPED_M, Form.GROUPED_K, Form.BATCHED}),
-        scalings=frozenset({UNSCALED, *((x, y) for x in _OF_A for y in _OF_B)}),
-        features=PLAIN_FEATURES | Feature.DETERMINISTIC | Feature.BATCH_INVARIANT,
-        # One kernel a kind of call; 2 to 4 s each when cross-compiled for sm_90 on a 2-core EPYC, 2026-11-27.
-        first_call_seconds=3.0,
-        guards=(Guard("counts", _counts),),
-        size_notes=(Guard("pointers", _loads), Guard("widened", _widened)),
+    capability = with_moe(
+        GemmCapability(
+            platforms=frozenset({"cuda", "rocm"}),
+            # Compiled for 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0 (tests/test_grouped_gemm_compile.py); others take that of
+            # a relative.
+            compute_capabilities=frozenset(
+                {(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)}
+            ),
+            archs=frozenset({"gfx90a", "gfx942"}),
+            dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32, torch.int8}) | FP8,
+            b_dtypes=FP8,
+            out_dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
+            forms=frozenset({Form.DENSE, Form.GROUPED_M, Form.GROUPED_K, Form.BATCHED}),
+            scalings=frozenset({UNSCALED, *((x, y) for x in _OF_A for y in _OF_B)}),
+            features=PLAIN_FEATURES | Feature.DETERMINISTIC | Feature.BATCH_INVARIANT,
+            # One kernel a kind of call; 2 to 4 s each when cross-compiled for sm_90 on a 2-core EPYC, 2026-11-27.
+            first_call_seconds=3.0,
+            guards=(Guard("counts", _counts),),
+            size_notes=(Guard("pointers", _loads), Guard("widened", _widened)),
+        )
     )
 
     def version(self) -> str | None:
@@ -98,8 +104,10 @@ class TritonGemm:
         arch = detect(torch.device("cuda", torch.cuda.current_device())).arch if torch.cuda.is_available() else None
         return next((Reason(p.code, p.text) for p in problems(arch)), None)
 
-    def bind(self, spec: GemmSpec, device: Device) -> TritonGemmKernel:
+    def bind(self, spec: GemmSpec, device: Device) -> TritonGemmKernel | ComposedMoe:
         """Return the products of a kind of call."""
+        if spec.form is Form.MOE:
+            return bind_moe(self, spec, device)
         return TritonGemmKernel(spec, device)
 
 
