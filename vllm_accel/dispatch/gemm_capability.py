@@ -25,7 +25,8 @@ class GemmCapability(Capability):
     Attributes:
         forms: products it runs. scalings: pairs of (a, b); unscaled products unless said otherwise.
         b_dtypes: of b where it differs from a's dtype. out_dtypes: of the result where it differs from a's dtype.
-        activations: of the form MOE. The other attributes are those of `Capability`.
+        activations: of the form MOE. weight_dtypes, weight_scalings: of its quantised weights.
+        The other attributes are those of `Capability`.
 
     A backend that declares GRAD runs the products of a backward pass too: GROUPED_M with b transposed, GROUPED_K.
     """
@@ -35,6 +36,8 @@ class GemmCapability(Capability):
     b_dtypes: frozenset[torch.dtype] = frozenset()
     out_dtypes: frozenset[torch.dtype] = frozenset()
     activations: frozenset[str] = frozenset()
+    weight_dtypes: frozenset[torch.dtype] = frozenset()
+    weight_scalings: frozenset[Scaling] = frozenset()
 
     def _spec_reasons(self, spec: Any) -> Iterator[Reason]:
         yield from self._dtype_reasons(spec)
@@ -43,12 +46,13 @@ class GemmCapability(Capability):
             return
         if spec.form not in self.forms:
             yield Reason(f"form:{spec.form.name.lower()}", f"does not do {spec.form.value}")
-        if spec.b_dtype is not spec.dtype and spec.b_dtype not in self.b_dtypes:
+        layer = spec.form is Form.MOE
+        if spec.b_dtype is not spec.dtype and spec.b_dtype not in (self.weight_dtypes if layer else self.b_dtypes):
             yield Reason("b_dtype", f"does not take {_short(spec.dtype)} with {_short(spec.b_dtype)}")
         if spec.out_dtype is not spec.dtype and spec.out_dtype not in self.out_dtypes:
             yield Reason("out_dtype", f"does not give {_short(spec.out_dtype)} for {_short(spec.dtype)}")
         pair = (spec.scaling_a, spec.scaling_b)
-        if pair not in self.scalings:
+        if spec.scaling_b not in (Scaling.NONE, *self.weight_scalings) if layer else pair not in self.scalings:
             text = " x ".join(one.value for one in pair)
             yield Reason("scaling", f"does not do the scaling {text} (of a x of b)")
         if spec.activation and spec.activation not in self.activations:

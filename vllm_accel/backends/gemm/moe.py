@@ -41,8 +41,8 @@ def with_moe(capability: GemmCapability) -> GemmCapability:
         capability,
         forms=capability.forms | {Form.MOE},
         activations=_ACTIVATIONS,
-        scalings=capability.scalings | {(Scaling.NONE, b) for a, b in capability.scalings if a is activations_of(b)},
-        b_dtypes=capability.b_dtypes | {d for d in capability.dtypes if d.itemsize == 1},
+        weight_scalings=frozenset(b for a, b in capability.scalings if a is activations_of(b)),
+        weight_dtypes=frozenset(d for d in capability.dtypes if d.itemsize == 1),
         rules=(*capability.rules, Rule("products", products)),
         synchronises=(*capability.synchronises, Rule("host_sync", waits)),
     )
