@@ -18,12 +18,13 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench clean
+.PHONY: help setup demo test test-all sanitize lint format bench clean
 
 help:
 	@echo 'make demo      run real models through vllm_accel on this machine and explain the choice'
 	@echo 'make test      the tests for every change (minutes)'
 	@echo 'make test-all  every test'
+	@echo 'make sanitize  the CPU kernels built with the address and undefined behaviour sanitizers, over every case'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make format    let ruff rewrite what it can'
 	@echo 'make bench     benchmarks, saved as $(BENCH_JSON)'
@@ -40,6 +41,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PY) tests/run.py -q $(ARGS)
+
+sanitize: $(STAMP)
+	$(PY) -m pytest -q tests/test_cpu_build.py -k sanitizers $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

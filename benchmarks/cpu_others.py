@@ -5,7 +5,6 @@ Each function returns a call that gives (B, Sq, H, D), or raises `Missing` with 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +16,9 @@ class Missing(Exception):
     """This contestant does not take part."""
 
 
-@functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def flex(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Callable[[], Tensor]:
     """Return compiled FlexAttention on (B, S, H, D) tensors; compiling happens here."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     n_q, n_k = q.shape[1], k.shape[1]
     mask = None
@@ -34,9 +26,12 @@ def flex(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Callable[[], Tenso
         mask = create_block_mask(lambda b, h, i, j: i + (n_k - n_q) >= j, None, None, n_q, n_k, device="cpu")
     args = [t.transpose(1, 2) for t in (q, k, v)]
     options: dict[str, Any] = {"block_mask": mask, "enable_gqa": q.shape[2] != k.shape[2]}
-    compiled = _compiled_flex()
+    # From nothing, and without gradients as when timed: a graph more for every shape and mode, and dynamo gives up.
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
     try:
-        compiled(*args, **options)
+        with torch.no_grad():
+            compiled(*args, **options)
     except Exception as error:  # whatever inductor and the compiler make of it
         raise Missing(f"compiled FlexAttention: {type(error).__name__}: {str(error).splitlines()[0][:200]}") from None
     return lambda: compiled(*args, **options).transpose(1, 2)
