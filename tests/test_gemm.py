@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_accel import State, backends, explain, gemm, use_backend
+from vllm_accel import State, backends, explain, gemm, grouped_gemm, scaled_gemm, use_backend
 from vllm_accel.dispatch.gemm_spec import GemmSpec
 
 
@@ -49,3 +49,53 @@ def test_requests_and_errors() -> None:
         gemm(a.int(), b.int())
     with pytest.raises(ValueError, match="is not an operation"):
         backends("conv")
+
+
+def test_every_option_is_in_the_kind_of_the_call() -> None:
+    a, b = torch.empty(64, 32, dtype=torch.bfloat16), torch.empty(4, 32, 16, dtype=torch.bfloat16)
+    ends = torch.tensor([10, 20, 30, 64], dtype=torch.int32)
+    plain = explain(grouped_gemm, a, b, ends).spec
+    flips: tuple[dict[str, object], ...] = (
+        {"bias": torch.zeros(4, 16, dtype=torch.bfloat16)}, {"out_dtype": torch.float32}, {"deterministic": True},
+        {"batch_invariant": True}, {"a": a.clone().requires_grad_()}, {"a": a.t().contiguous().t()},
+        {"b": b.mT.contiguous().mT}, {"a": a.half(), "b": b.half()}, {"a": a[:32], "offs": ends.clamp(max=32)},
+        {"b": torch.cat([b, b]), "offs": torch.cat([ends, ends[-1:].expand(4)])},
+    )  # fmt: skip
+    specs = [explain(grouped_gemm, **{"a": a, "b": b, "offs": ends, **flip}).spec for flip in flips]
+    assert plain not in specs and len(set(specs)) == len(flips)
+
+
+@pytest.mark.parametrize(
+    ("offs", "text"),
+    [([5, 3, 10], "offs.1. = 3"), ([0, 4, 11], "offs.2. = 11"), ([-1, 4, 10], "offs.0. = -1")],
+)
+def test_offsets_that_lie_are_errors_on_the_cpu(offs: list[int], text: str) -> None:
+    a, b, ends = torch.randn(10, 4), torch.randn(3, 4, 2), torch.tensor(offs, dtype=torch.int32)
+    for fn in (grouped_gemm, torch.compile(grouped_gemm, backend="eager")):
+        with pytest.raises(ValueError, match=f"{text}: group ends must not go down"):
+            fn(a, b, ends)
+
+
+def test_wrong_scales_are_errors_before_any_launch() -> None:
+    x, w = (torch.zeros(n, 130).to(torch.float8_e4m3fn) for n in (6, 20))
+    one = torch.ones(1)
+    for change, error, text in (
+        ({"scale_a": torch.ones(5)}, ValueError, r"scale_a must have shape \(6,\)"),
+        ({"scale_b": torch.ones(20).double()}, TypeError, "scale_b must be float32"),
+        ({"scale_recipe_b": "rows"}, ValueError, "is not a scaling"),
+        ({"scale_recipe_a": 3}, TypeError, "is not a scaling"),
+        ({"a": torch.zeros(6, 130)}, TypeError, "a and b must be float8"),
+        ({"output_dtype": torch.int8}, TypeError, "output_dtype must be"),
+        ({"bias": torch.zeros(20)}, TypeError, "bias must have the result's dtype"),
+        ({"scale_recipe_a": "tensor", "scale_a": one.requires_grad_()}, NotImplementedError, "no derivative"),
+    ):  # fmt: skip
+        given = {
+            "a": x,
+            "b": w.t(),
+            "scale_a": torch.ones(6, 1),
+            "scale_recipe_a": torch.nn.functional.ScalingType.RowWise,
+        }
+        given |= {"scale_b": torch.ones(1, 20), "scale_recipe_b": "row"}
+        with pytest.raises(error, match=text):
+            scaled_gemm(**{**given, **change})
+    assert not scaled_gemm(**given).any()
