@@ -16,10 +16,14 @@ from torch import Tensor
 from vllm_accel import explain, grouped_gemm, warmup
 from vllm_accel.backends.gemm import cutlass as adapter
 from vllm_accel.backends.gemm.cutlass import BACKEND
+from vllm_accel.dispatch.backend import MoeArgs
 from vllm_accel.dispatch.device import PRESETS
 from vllm_accel.kernels.cutlass import build, library
-from vllm_accel.testing import GEMM_CASES, GemmCase
+from vllm_accel.ops.gemm_arguments import spec_of
+from vllm_accel.ops.moe_arguments import MoeOptions, describe_moe
+from vllm_accel.testing import GEMM_CASES, GemmCase, moe_oracle
 from vllm_accel.testing.conformance_gemm import check_gemm_backend
+from vllm_accel.testing.tolerance import assert_close
 
 SOURCES = Path(build.__file__).parent
 BYTES = 16
@@ -126,6 +130,21 @@ def test_factors_of_b_are_turned(built: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Tensor, "transpose", lambda t, *dims: t)
     with pytest.raises((AssertionError, RuntimeError)):
         check_gemm_backend(BACKEND, case, device=PRESETS["h200"])
+
+
+def test_a_layer_runs_on_two_products(built: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, up, down = (torch.randn(s, generator=g).bfloat16() * 0.3 for s in ((9, 32), (4, 32, 48), (4, 24, 32)))
+    ids = torch.randint(4, (9, 2), generator=g)
+    weights = torch.rand(9, 2, generator=g)
+    described = describe_moe(x, up, down, MoeArgs(weights, ids), MoeOptions(), False)
+    spec = spec_of(described.kind)
+    device = PRESETS["a100"]
+    assert BACKEND.capability.unsupported_reasons(spec, device) == ()
+    made = BACKEND.bind(spec, device).forward(x, up, down, MoeArgs(weights, ids))
+    given = {"w_gate_up": up, "w_down": down, "topk_weights": weights, "topk_ids": ids}
+    want, plain = (moe_oracle(x, **given, dtype=dtype) for dtype in (torch.float64, torch.bfloat16))
+    assert_close(made, want, plain, what="layer")
 
 
 def test_the_struct_is_that_of_the_sources() -> None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from vllm_accel.backends.gemm.triton import BACKEND
-from vllm_accel.dispatch.backend import GemmArgs
+from vllm_accel.dispatch.backend import GemmArgs, MoeArgs
 from vllm_accel.dispatch.device import PRESETS
 from vllm_accel.dispatch.gemm_spec import Form, Scaling
 from vllm_accel.ops.gemm_arguments import GemmOptions, describe, factor_shape, spec_of
-from vllm_accel.testing import GEMM_CASES, GemmCase
+from vllm_accel.ops.moe_arguments import MoeOptions, describe_moe
+from vllm_accel.testing import GEMM_CASES, GemmCase, moe_oracle
 from vllm_accel.testing.conformance_gemm import check_gemm_backend
 
 E4M3 = torch.float8_e4m3fn
@@ -103,7 +104,7 @@ def scaled(form: Form, pair: tuple[Scaling, Scaling], gpu: str, dtype: torch.dty
     assert_near(made, wanted, 1e-5)
 
 
-PAIRS = sorted(BACKEND.capability.scalings - {(Scaling.NONE, Scaling.NONE)}, key=str)
+PAIRS = sorted((pair for pair in BACKEND.capability.scalings if Scaling.NONE not in pair), key=str)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(one.value for one in pair))
@@ -134,6 +135,17 @@ def test_one_factor_for_all_groups_is_an_expanded_view() -> None:
     args = GemmArgs(offs, None, torch.tensor([2.0]), one.expand(3))
     made = run(a, b, args, GemmOptions(Form.GROUPED_M, Scaling.TENSOR, Scaling.TENSOR, torch.float32))
     assert_near(made, product(Form.GROUPED_M, a.double() * 2, b.double() * one.double(), None), 1e-5)
+
+
+def test_a_layer_runs_on_two_products() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, up, down = (torch.randn(s, generator=g) * 0.3 for s in ((9, 32), (4, 32, 48), (4, 24, 32)))
+    args = MoeArgs(torch.rand(9, 2, generator=g), torch.randint(4, (9, 2), generator=g))
+    spec = spec_of(describe_moe(x, up, down, args, MoeOptions(), False).kind)
+    assert BACKEND.capability.unsupported_reasons(spec, PRESETS["h200"]) == ()
+    made = BACKEND.bind(spec, PRESETS["h200"]).forward(x, up, down, args)
+    given = {"w_gate_up": up, "w_down": down, "topk_weights": args.topk_weights, "topk_ids": args.topk_ids}
+    assert_near(made, moe_oracle(x, **given), 1e-5)
 
 
 def test_a_plan_follows_strides_and_offsets() -> None:

@@ -8,12 +8,15 @@ inside a call.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vllm_accel.backends.gemm.align import column_major, copies, padded, row_major
 from vllm_accel.backends.gemm.groups import add_group_bias
-from vllm_accel.backends.gemm.moe import ComposedMoe, bind_moe, products_of, with_moe
+from vllm_accel.backends.gemm.moe import bind_moe, products_of, with_moe
 from vllm_accel.dispatch.backend import GemmArgs
 from vllm_accel.dispatch.capability import Guard, Rule
 from vllm_accel.dispatch.device import Device
@@ -36,11 +39,25 @@ def _variant(spec: GemmSpec, device: Device) -> build.Variant:
     return build.variant(device.arch, _ELEMENTS[spec.dtype], _along_k(spec), few)
 
 
+def _elements(spec: GemmSpec) -> bool:
+    """Tell whether a product, or both of a layer, has a dtype of these kernels."""
+    products = products_of(spec) if spec.form is Form.MOE else (spec,)
+    return all(product.dtype in _ELEMENTS for product in products)
+
+
 def _along_k(spec: GemmSpec) -> bool:
     return spec.dtype is _E4M3 or spec.layout_b is Layout.COLUMN
 
 
+def _variants(spec: GemmSpec, device: Device) -> tuple[build.Variant, ...]:
+    """Return the kernels that a product or a layer of two needs."""
+    products = products_of(spec) if spec.form is Form.MOE else (spec,)
+    return tuple(dict.fromkeys(_variant(product, device) for product in products))
+
+
 def _fp8(spec: GemmSpec, device: Device) -> str | None:
+    if spec.form is Form.MOE:
+        return None  # asked of its products
     if spec.dtype is not _E4M3:
         return None if spec.scaling_a is Scaling.NONE else f"takes no factors of {spec.dtype}"
     if spec.scaling_a is not Scaling.NONE:
@@ -51,12 +68,12 @@ def _fp8(spec: GemmSpec, device: Device) -> str | None:
 
 
 def _built(spec: GemmSpec, device: Device) -> str | None:
-    if spec.dtype not in _ELEMENTS or not device.arch.startswith("sm_"):
+    if device.compute_capability not in (_PRODUCTS.compute_capabilities or ()) or not _elements(spec):
         return None  # refused for that
-    wanted = _variant(spec, device)
-    if build.path_of(wanted).is_file():
+    missing = [wanted for wanted in _variants(spec, device) if not build.path_of(wanted).is_file()]
+    if not missing:
         return None
-    return f"its kernel {wanted} is not built yet; vllm_accel.warmup(...) builds it with nvcc, in a minute or two"
+    return f"its kernel {missing[0]} is not built yet; vllm_accel.warmup(...) builds it with nvcc, in a minute or two"
 
 
 def _sizes(spec: GemmSpec, sizes: GemmSizes) -> str | None:
@@ -71,6 +88,8 @@ def _steps(spec: GemmSpec) -> tuple[int, int]:
 
 
 def _costs(spec: GemmSpec, sizes: GemmSizes) -> str | None:
+    if spec.form is Form.MOE:
+        return None
     said = copies(spec, sizes, a_rows=True, b_rows=not _along_k(spec))
     k, n = _steps(spec)
     if sizes.k % k or sizes.n % n:
@@ -79,24 +98,27 @@ def _costs(spec: GemmSpec, sizes: GemmSizes) -> str | None:
     return said
 
 
+_PRODUCTS = GemmCapability(
+    platforms=frozenset({"cuda"}),
+    compute_capabilities=frozenset({(8, 0), (8, 6), (8, 7), (8, 9), (9, 0)}),
+    dtypes=frozenset(_ELEMENTS),
+    out_dtypes=frozenset({torch.bfloat16}),
+    forms=frozenset({Form.GROUPED_M}),
+    scalings=frozenset({UNSCALED, _BLOCKS}),
+    features=Feature.BIAS | Feature.DETERMINISTIC,
+    rules=(Rule("fp8", _fp8),),
+    guards=(Guard("sizes", _sizes),),
+    size_notes=(Guard("copies", _costs),),
+)
+_LAYERS = with_moe(_PRODUCTS)
+
+
 class CutlassGemm:
     """The GEMM backend `cutlass`."""
 
     name = "cutlass"
-    capability = with_moe(
-        GemmCapability(
-            platforms=frozenset({"cuda"}),
-            compute_capabilities=frozenset({(8, 0), (8, 6), (8, 7), (8, 9), (9, 0)}),
-            dtypes=frozenset(_ELEMENTS),
-            out_dtypes=frozenset({torch.bfloat16}),
-            forms=frozenset({Form.GROUPED_M}),
-            scalings=frozenset({UNSCALED, _BLOCKS}),
-            features=Feature.BIAS | Feature.DETERMINISTIC,
-            rules=(Rule("fp8", _fp8), Rule("not_built", _built)),
-            guards=(Guard("sizes", _sizes),),
-            size_notes=(Guard("copies", _costs),),
-        )
-    )
+    # Apart from what a layer's products can: a kernel that is not built yet is for `warmup`, in a layer too.
+    capability = replace(_LAYERS, rules=(*_LAYERS.rules, Rule("not_built", _built)))
 
     def version(self) -> str | None:
         """Return the version of CUTLASS's headers, None without them."""
@@ -113,13 +135,12 @@ class CutlassGemm:
         Raises:
             RuntimeError: nvcc failed; the message has its last lines.
         """
-        products = products_of(spec) if spec.form is Form.MOE else (spec,)
-        failed = build.build(list(dict.fromkeys(_variant(product, device) for product in products)))
+        failed = build.build(_variants(spec, device))
         for variant, text in failed.items():
             raise RuntimeError(f"nvcc could not build {variant}: {text}")
 
-    def bind(self, spec: GemmSpec, device: Device) -> CutlassGemmKernel | ComposedMoe:
-        """Return the products of a kind of call."""
+    def bind(self, spec: GemmSpec, device: Device) -> Any:
+        """Return the products of a kind of call, or a layer of them."""
         if spec.form is Form.MOE:
             return bind_moe(self, spec, device)
         return CutlassGemmKernel(spec, device)

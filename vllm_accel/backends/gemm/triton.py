@@ -46,6 +46,8 @@ def _counts(spec: GemmSpec, sizes: GemmSizes) -> str | None:
 
 
 def _loads(spec: GemmSpec, sizes: GemmSizes) -> str | None:
+    if spec.form is Form.MOE:
+        return None
     odd = [
         name
         for name, shape, stride, dtype in (
