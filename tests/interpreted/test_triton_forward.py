@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import math
 import weakref
 
@@ -233,15 +234,28 @@ def test_a_prepared_forward_takes_other_tensors_and_values(prepared) -> None:
     got, want = forward(other, other, other, changed), kernel.forward(other, other, other, changed)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     assert not torch.allclose(got[0], kernel.forward(other, other, other, args)[0], atol=1e-3)
+    even = changed._replace(alibi_slopes=slopes.contiguous())
+    assert torch.equal(got[0], kernel.forward(other, other, other, even)[0])
 
 
-def test_a_prepared_forward_keeps_no_tensor_alive(prepared) -> None:
-    kernel, q, args = prepared
-    own = q.clone()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_prepared_forward_keeps_no_tensor_alive(prepared, dtype: torch.dtype, monkeypatch) -> None:
+    """Nor where fp32 products have two ways, IEEE and TF32, and the switch between them is turned."""
+    _, q, args = prepared
+    kernel = _attention(Feature.ALIBI | Feature.LSE, dtype, 2, 16)
+    own = q.to(dtype, copy=True)
     alive = weakref.ref(own)
+    module = importlib.import_module("vllm_accel.backends.triton")  # `vllm_accel.backends` is a function too
     forward = kernel.prepare(own, own, own, args)
     forward(own, own, own, args)
     del own
     gc.collect()
     assert alive() is None
-    assert forward(q, q, q, args)[0].shape == q.shape
+    other = q.to(dtype, copy=True)
+    for tf32 in (False, True):
+        monkeypatch.setattr(module, "tf32_allowed", lambda tf32=tf32: tf32)
+        assert forward(other, other, other, args)[0].shape == q.shape
+    alive = weakref.ref(other)
+    del other
+    gc.collect()
+    assert alive() is None

@@ -184,22 +184,33 @@ class TritonAttention:
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Forward:
         """Return `forward` for calls with these sizes, strides and options; tensors and floats may differ."""
+        if not self._fp32_products:
+            return self._bind(q, k, v, args, tf32=False)
+        # The switch may be turned between two calls of one plan. The other way is bound by the call that needs it: what
+        # is bound and not launched yet holds the tensors it was described with.
+        ways: dict[bool, Forward] = {}
+
+        def forward(
+            q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs
+        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            tf32 = tf32_allowed()
+            way = ways.get(tf32)
+            if way is None:
+                way = ways[tf32] = self._bind(q, k, v, args, tf32)
+            return way(q, k, v, args)
+
+        return forward
+
+    def _bind(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, tf32: bool) -> Forward:
         lse = self._lse if args.need_lse else None
         rng = self._rng if args.dropout_p else None
-        args = _tidy(args)
+        tidy = _tidy(args)
 
-        def bind(tf32: bool) -> Any:
-            def launch(tile: Tile) -> Launch:
-                made: Launch = self._launches.forward_launch(q, k, v, q, lse, rng, args, tile, tf32)
-                return made
+        def launch(tile: Tile) -> Launch:
+            made: Launch = self._launches.forward_launch(q, k, v, q, lse, rng, tidy, tile, tf32)
+            return made
 
-            return self._bound(made_of=(self._tile, launch))
-
-        if not self._fp32_products:
-            return _prepared(bind(False), q, v, args)
-        # The switch may be turned between two calls of one plan.
-        ieee, tf32 = (_prepared(bind(way), q, v, args) for way in (False, True))
-        return lambda q, k, v, args: (tf32 if tf32_allowed() else ieee)(q, k, v, args)
+        return _prepared(self._bound(made_of=(self._tile, launch)), q, v, args)
 
     def backward(
         self,
