@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import tile_problems
-from benchmarks.tile_problems import Data, Where
+from benchmarks.tile_problem import Data, Where
 from vllm_accel.dispatch.device import detect
 from vllm_accel.kernels.triton.launch import Launch, run
 from vllm_accel.kernels.triton.tiles import Tile, lookup

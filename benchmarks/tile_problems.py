@@ -6,12 +6,14 @@ The kernels' own launchers take a tile, so nothing here knows how a kernel works
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.tile_gemm import grouped_gemm
+from benchmarks.tile_problem import Data, Entry, Where, random_tensor, tiles
 from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
 from vllm_accel.kernels.triton import backward_launch as bwd
 from vllm_accel.kernels.triton import forward_launch, paged_launch, splits
@@ -25,48 +27,10 @@ HEAD_DIMS = (64, 128, 256)
 WIDTH = 2048
 
 
-class Where(NamedTuple):
-    """A device (``meta`` to compile only), its architecture and its multiprocessors."""
-
-    device: torch.device
-    arch: str
-    sm_count: int = 132
-
-
-class Data(NamedTuple):
-    """Tensors of one call: `launches` of a tile write the results that `verify` compares with the oracle."""
-
-    launches: Callable[[Tile], tuple[Launch, ...]]
-    verify: Callable[[], None]
-
-
-class Entry(NamedTuple):
-    """One entry of a table.
-
-    Attributes:
-        kernel, key: its place. candidates: tiles to try.
-        check: a small call with odd lengths, on a device. timed: the calls whose times decide.
-    """
-
-    kernel: str
-    key: str
-    candidates: tuple[Tile, ...]
-    check: Callable[[Where], Data]
-    timed: Callable[[Where], list[Data]]
-
-
 def entries(kernels: Sequence[str], head_dims: Sequence[int]) -> Iterator[Entry]:
-    """Return the entries of some kernels for some head sizes (MLA has one size of its own)."""
+    """Return the entries of some kernels for some head sizes (MLA has one of its own, products none)."""
     for kernel in kernels:
         yield from KERNELS[kernel](head_dims)
-
-
-def tiles(
-    block_m: Iterable[int], block_n: Iterable[int], warps: Iterable[int], stages: Iterable[int], maxnreg: Iterable[int]
-) -> tuple[Tile, ...]:
-    """Return all combinations, less those of 8 warps with fewer than 1024 elements of the product for each."""
-    made = itertools.starmap(Tile, itertools.product(block_m, block_n, warps, stages, maxnreg))
-    return tuple(t for t in made if t.block_m * t.block_n >= 1024 * t.num_warps or t.num_warps == 4)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -104,14 +68,7 @@ def _square(head_dim: int, dtype: torch.dtype) -> tuple[Tile, ...]:
 def _inputs(where: Where, d: int, dtype: torch.dtype, batch: int, lengths: tuple[int, int], heads: int, kv_heads: int):
     seqlen_q, seqlen_k = lengths
     shapes = [(batch, seqlen_q, heads, d), *[(batch, seqlen_k, kv_heads, d)] * 2, (batch, seqlen_q, heads, d)]
-    return [_random(shape, dtype, where, seed) for seed, shape in enumerate(shapes)]
-
-
-def _random(shape: tuple[int, ...], dtype: torch.dtype, where: Where, seed: int) -> Tensor:
-    if where.device.type == "meta":
-        return torch.empty(shape, dtype=dtype, device="meta")
-    generator = torch.Generator(where.device).manual_seed(seed)
-    return torch.randn(shape, device=where.device, generator=generator).to(dtype)
+    return [random_tensor(shape, dtype, where, seed) for seed, shape in enumerate(shapes)]
 
 
 def _options(kind: str, heads: int, where: Where) -> dict[str, Any]:
@@ -178,7 +135,7 @@ def backward_data(
     batch: int, lengths: tuple[int, int], heads: int, kv_heads: int,
 ) -> Data:  # fmt: skip
     q, k, v, dout = _inputs(where, d, dtype, batch, lengths, heads, kv_heads)
-    bias = _random((1, heads, *lengths), dtype, where, 9) if part == "bias" else None
+    bias = random_tensor((1, heads, *lengths), dtype, where, 9) if part == "bias" else None
     options = _options(kind or "_causal", heads, where)
     args = _attention_args(lengths, d, attn_bias=bias, **options)
     out, lse = torch.empty_like(q), torch.empty((batch, heads, lengths[0]), device=where.device)
@@ -277,9 +234,9 @@ def paged_data(
     per_sequence = -(-max(used) // page)
     dtype = torch.float32 if cache is torch.float32 else torch.bfloat16
     mla = d != d_v
-    q = _random((batch * queries, group * kv_heads, d), dtype, where, 0)
-    k = _random((batch * per_sequence, page, kv_heads, d), cache, where, 1)
-    v = k[..., :d_v] if mla else _random((batch * per_sequence, page, kv_heads, d_v), cache, where, 2)
+    q = random_tensor((batch * queries, group * kv_heads, d), dtype, where, 0)
+    k = random_tensor((batch * per_sequence, page, kv_heads, d), cache, where, 1)
+    v = k[..., :d_v] if mla else random_tensor((batch * per_sequence, page, kv_heads, d_v), cache, where, 2)
 
     def ints(values: Tensor) -> Tensor:
         return values.to(torch.int32).to(where.device)
@@ -321,4 +278,5 @@ KERNELS: dict[str, Callable[[Sequence[int]], Iterator[Entry]]] = {
     "backward": _backward,
     "paged": _paged,
     "mla": _mla,
+    "grouped_gemm": lambda head_dims: grouped_gemm(),
 }

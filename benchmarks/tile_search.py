@@ -29,7 +29,8 @@ from rich.table import Table
 
 from benchmarks import machine, tile_table
 from benchmarks.crosscompile import ARCHS, SHARED_LIMIT, Compiled, compile_launch
-from benchmarks.tile_problems import HEAD_DIMS, KERNELS, Data, Entry, Where, entries
+from benchmarks.tile_problem import Data, Entry, Where
+from benchmarks.tile_problems import HEAD_DIMS, KERNELS, entries
 from vllm_accel.dispatch.device import Device, detect
 from vllm_accel.kernels.triton import tiles
 from vllm_accel.kernels.triton.launch import run

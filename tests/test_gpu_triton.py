@@ -12,7 +12,7 @@ import torch
 from benchmarks import gpu_triton, shapes
 from benchmarks import gpu_triton_tasks as work
 from benchmarks import gpu_triton_tiles as tiling
-from benchmarks.tile_problems import Where
+from benchmarks.tile_problem import Where
 from benchmarks.workers import NO_TIME, STOPPED, Done, Task, run_all
 from vllm_accel.testing import Case, PagedCase
 

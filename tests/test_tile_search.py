@@ -11,14 +11,15 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import tile_search
 from benchmarks.crosscompile import compile_launch
-from benchmarks.tile_problems import KERNELS, Where, entries, tiles
+from benchmarks.tile_problem import Where, tiles
+from benchmarks.tile_problems import KERNELS, entries
 from benchmarks.tile_search import Candidate, survivors
 from vllm_accel.kernels.triton.tiles import Tile
 
 
 def test_every_kernel_has_entries_with_candidates() -> None:
     made = list(entries(tuple(KERNELS), (64, 128)))
-    assert {e.kernel for e in made} == {"forward", "backward", "paged", "mla"}
+    assert {e.kernel for e in made} == {"forward", "backward", "paged", "mla", "grouped_gemm"}
     assert len({(e.kernel, e.key) for e in made}) == len(made)
     assert all(len(set(e.candidates)) == len(e.candidates) >= 4 for e in made)
 
