@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"vllm_accel / sdpa: {ratio:.2f}; {equal} of {options.tokens} tokens equal")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        found = {"parameters": parameters, "rates": rates, "ratio": ratio, "equal": equal, "tokens": options.tokens}
+        asked = {name: getattr(options, name) for name in ("dtype", "context", "prompt", "tokens")}
+        found = {**asked, "parameters": parameters, "rates": rates, "ratio": ratio, "equal": equal}
         options.json.write_text(json.dumps({"about": facts, **found}, indent=1) + "\n")
     return 0
 

@@ -7,10 +7,11 @@ import importlib.metadata
 import os
 import platform
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from vllm_accel.dispatch.device import cpu_name
 
 #: Load average per core above which another program is taking part in the measurement.
 BUSY_LOAD = 0.6
@@ -81,18 +82,6 @@ def load() -> float:
 def cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_name() -> str:
-    """Return the processor's marketing name and the instruction set that torch uses on it."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = found[0] if found else name
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def gpu_name(device: torch.device) -> str:

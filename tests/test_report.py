@@ -15,6 +15,8 @@ from benchmarks.report.files import kind_of, points, read
 
 pytest.importorskip("matplotlib")
 
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
 ABOUT = {
     "command": "python -m benchmarks.x", "date": "2026-11-27T10:00:00+00:00", "gpu": "NVIDIA <Test>", "cpu": "c",
     "torch": "2.11.0", "packages": {"triton": "3.6.0"},
@@ -113,3 +115,15 @@ def test_nothing_to_show_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         main([str(tmp_path / "gone.json"), "--out", str(tmp_path / "out")])
     assert "no such file" in capsys.readouterr().err
+
+
+def test_each_folder_of_results_is_one_machine() -> None:
+    folders: dict[Path, set[str]] = {}
+    sources, rejected = read([RESULTS])
+    for source in sources:
+        if source.about:
+            folders.setdefault(source.path.parent, set()).add(source.hardware)
+    assert not rejected and len(folders) >= 3
+    assert {folder.name: names for folder, names in folders.items() if len(names) > 1} == {}
+    machines = [name for names in folders.values() for name in names]
+    assert len(set(machines)) == len(machines) and RESULTS not in folders

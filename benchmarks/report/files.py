@@ -35,6 +35,8 @@ class Source:
     def hardware(self) -> str:
         """Name what was measured: the GPU, else the processor."""
         device = str(self.about.get("device", ""))
+        if device.startswith("cpu"):  # "cpu (AVX2)"
+            return str(self.about.get("cpu") or device)
         if "(" in device:  # "cuda:0 (NVIDIA H200, sm_90)"
             device = device.partition("(")[2].split(",")[0].rstrip(")")
         return str(self.about.get("gpu") or device or self.about.get("cpu") or "unknown hardware")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -162,6 +165,24 @@ def _host_name(type_: str) -> str:
     if type_ != "cpu":
         return ""
     return str(torch.backends.cpu.get_cpu_capability()) if hasattr(torch.backends, "cpu") else ""
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_model() -> str:
+    """Return the processor's name as the system gives it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.machine()
+
+
+def cpu_name() -> str:
+    """Return `cpu_model` and the instructions that tell one of that name from another: torch's set, and AMX."""
+    info = Path("/proc/cpuinfo")
+    amx = info.exists() and " amx_bf16" in info.read_text(encoding="utf-8", errors="replace")
+    return f"{cpu_model()} ({_host_name('cpu')}{', AMX' if amx else ''})"
 
 
 def is_local(device: Device) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import platform
 import re
 import sys
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ import torch
 from vllm_accel.dispatch import plan
 from vllm_accel.dispatch import settings as settings_module
 from vllm_accel.dispatch.cost import Fit, family_of, fitted
-from vllm_accel.dispatch.device import Device
+from vllm_accel.dispatch.device import Device, cpu_model
 from vllm_accel.dispatch.estimate import class_of
 from vllm_accel.dispatch.table_file import POLICY, Row, Table, merged, minor, parse
 
@@ -69,18 +68,8 @@ class Source:
 
 def table_name(device: Device) -> str:
     """Name the table of a device: a GPU by its product name, a CPU by its model, torch's instructions and the cores."""
-    name = f"{_cpu_model()} {device.name} {_cores()} cores" if device.type == "cpu" else device.name or device.arch
+    name = f"{cpu_model()} {device.name} {_cores()} cores" if device.type == "cpu" else device.name or device.arch
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or device.type
-
-
-@functools.lru_cache(maxsize=1)
-def _cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else platform.machine()
 
 
 def _cores() -> int:

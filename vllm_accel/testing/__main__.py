@@ -83,6 +83,7 @@ def _check(backend: Any, case: Any, dtype: torch.dtype, where: torch.device) -> 
 def _about(where: torch.device) -> dict[str, str]:
     return {
         "device": str(devices.detect(where)),
+        "cpu": devices.cpu_name(),
         "torch": str(torch.__version__),
         "cuda": str(torch.version.cuda),
         "python": platform.python_version(),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import platform
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch.nn import functional as F
 from vllm_accel.cli import console
 from vllm_accel.cli.demo import require
 from vllm_accel.cli.demo.timing import medians
-from vllm_accel.dispatch.device import Device
+from vllm_accel.dispatch.device import Device, cpu_model
 from vllm_accel.dispatch.selection import State
 
 BY_HAND = "F.scaled_dot_product_attention by hand"
@@ -153,9 +151,4 @@ def processor(device: Device) -> str:
     """Name the hardware: the GPU, or the CPU as the system calls it, with the threads in use."""
     if device.type != "cpu":
         return device.name or device.type
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    except OSError:
-        found = None
-    name = found.group(1).strip() if found else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{cpu_model()}, {torch.get_num_threads()} threads"
