@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_accel import MoE, QuantizedLinear, UnsupportedCallError, explain, fused_moe, quantize_fp8, quantize_int8
+from vllm_accel import (
+    MoE,
+    QuantizedLinear,
+    State,
+    UnsupportedCallError,
+    explain,
+    fused_moe,
+    quantize_fp8,
+    quantize_int8,
+)
 from vllm_accel.testing import moe_oracle
 from vllm_accel.testing.tolerance import assert_close, assert_grad_close
 
@@ -165,7 +174,7 @@ def test_wrong_arguments_by_name(change: dict[str, Any], error: type[Exception],
 def test_explain_knows_layers() -> None:
     given = _draw(torch.bfloat16)
     shown = explain(fused_moe, **given, device="h100")
-    assert shown.op == "gemm" and shown.chosen == "torch_grouped"
+    assert shown.op == "gemm" and shown.chosen == "triton" and shown["torch_grouped"].state is State.ABLE
     assert "reads offs on the host" in shown["cublas"].why
     older = explain(fused_moe, **given, device="a100")
     assert "reads offs on the host" in older["torch_grouped"].why

@@ -42,6 +42,7 @@ def _fresh() -> Iterator[None]:
     yield
     quarantine.release()
     warm._warm.clear()
+    warm._ran.clear()
     settings_module._current = None
     registry.plan.invalidate()
 
@@ -400,6 +401,21 @@ def test_a_compiling_backend_waits_for_warmup(toy) -> None:
     assert explain(attention, *longer).chosen == "toy_jit", "built for any length"
     assert explain(attention, q, k, v, causal=True).chosen == FIRST_ON_CPU, "another kind of call is not built"
     assert warmup(attention, q, k, v) == ()
+
+
+def test_a_short_compile_may_happen_at_a_call_but_not_in_a_capture(toy) -> None:
+    from vllm_accel.dispatch.selector import Question, select
+
+    built = toy("toy_quick", 3.0, before="cpu", first_call_seconds=1.5)
+    q, k, v = _qkv()
+    shown = explain(attention, q, k, v)
+    question = Question("attention", shown.spec, shown.device, capturing=True)
+    assert shown.chosen == "toy_quick" and "run the call once before" in select(question)["toy_quick"].why
+    assert not attention(q, k, v).sub(3.0).any() and select(question).chosen == "toy_quick"
+    warm._ran.clear()
+    assert warmup(attention, q, k, v) == ("toy_quick",) and built.runs == 2
+    warm._ran.clear()
+    assert warmup(attention, q, k, v) == () and select(question).chosen == "toy_quick"
 
 
 def test_a_graph_per_shape_is_for_training_at_fixed_shapes(toy) -> None:

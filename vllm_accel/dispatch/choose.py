@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_accel.dispatch import device as devices
-from vllm_accel.dispatch import plan, quarantine
+from vllm_accel.dispatch import plan, quarantine, warm
 from vllm_accel.dispatch.backend import Backend
 from vllm_accel.dispatch.capability import Guard, refusals
 from vllm_accel.dispatch.device import Device
@@ -72,6 +72,8 @@ class Choice:
                 safe = capability.capture_safe and waits is None
                 self.bound.append(Bound(candidate.name, kernel, guards, safe))
                 if not guards or not refusals(guards, self.question.spec, sizes):
+                    if capability.first_call_seconds and not self.question.capturing:
+                        warm.note_run(self.question.op, candidate.name, self.question.spec, self.question.device)
                     break
         for bound in self.bound:  # another thread may have extended the list while this one waited
             if not refusals(bound.guards, self.question.spec, sizes):

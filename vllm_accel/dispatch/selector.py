@@ -172,10 +172,12 @@ def _held_back(name: str, capability: Capability, question: Question, current: S
         return Reason(waits.code, f"{waits.text}; ask for it by name")
     # Who asks for the Triton kernels has asked for their compilation too.
     asked = name in preference.TRITON_BACKENDS and question.op == "attention" and current.use_triton
-    compiled = asked or warm.is_warm(question.op, name, question.spec, question.device)
-    if capability.first_call_seconds > MAX_FIRST_CALL_SECONDS and not compiled:
-        seconds = capability.first_call_seconds
+    seconds, kind = capability.first_call_seconds, (question.op, name, question.spec, question.device)
+    compiled = asked or warm.is_warm(*kind)
+    if seconds > MAX_FIRST_CALL_SECONDS and not compiled:
         return Reason("first_call", f"would compile for about {seconds:g} s at this call; vllm_accel.warmup builds it")
+    if seconds and question.capturing and not compiled and not warm.has_run(*kind):
+        return Reason("capture", "may have to compile, and a CUDA graph is being captured; run the call once before")
     if capability.per_shape_cost and not _fixed_shape(question.spec):
         return Reason("per_shape", "builds a graph for every exact shape, and lengths change in this kind of work")
     return None

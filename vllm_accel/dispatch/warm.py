@@ -10,6 +10,7 @@ from vllm_accel.dispatch.gemm_spec import GemmSpec
 from vllm_accel.dispatch.spec import Feature
 
 _warm: set[tuple[str, str, Any, Device]] = set()
+_ran: set[tuple[str, str, Any, Device]] = set()
 _verdicts: dict[tuple[str, str, Device], bool] = {}
 
 
@@ -22,6 +23,16 @@ def mark_warm(op: str, backend: str, spec: Any, device: Device) -> None:
     """Record that the kernels for this kind of call exist, so that automatic choice may take the backend."""
     _warm.add((op, backend, spec.compile_kind(), device))
     plan.invalidate()
+
+
+def has_run(op: str, backend: str, spec: Any, device: Device) -> bool:
+    """Tell whether this process has run calls of this kind and of about these sizes on a backend."""
+    return (op, backend, spec, device) in _ran
+
+
+def note_run(op: str, backend: str, spec: Any, device: Device) -> None:
+    """Record that calls of this kind run on a backend that compiles; counts only while a CUDA graph is captured."""
+    _ran.add((op, backend, spec, device))
 
 
 def needs_proof(op: str, spec: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_accel.backends.gemm.moe import ComposedMoe, bind_moe, with_moe
 from vllm_accel.backends.triton import tf32_allowed
 from vllm_accel.dispatch.backend import GemmArgs
-from vllm_accel.dispatch.capability import Guard
+from vllm_accel.dispatch.capability import Guard, Rule
 from vllm_accel.dispatch.device import Device, detect
 from vllm_accel.dispatch.gemm_capability import FP8, PLAIN_FEATURES, UNSCALED, GemmCapability
 from vllm_accel.dispatch.gemm_spec import Form, GemmSizes, GemmSpec, Scaling
@@ -61,9 +61,16 @@ def _loads(spec: GemmSpec, sizes: GemmSizes) -> str | None:
     return f"strides of {' and '.join(odd)} are not multiples of 16 bytes: loaded by pointers, narrowly, without TMA"
 
 
-def _widened(spec: GemmSpec, sizes: GemmSizes) -> str | None:
-    if spec.dtype in FP8:
-        return "on a GPU without FP8 products (before sm_89, and AMD) FP8 is widened to fp16 in the kernel"
+def _widened(spec: GemmSpec, device: Device) -> str | None:
+    cc = device.compute_capability
+    if spec.b_dtype in FP8 and (cc is None or cc < (8, 9)):
+        return f"widens FP8 to fp16 in the kernel: its compiler has no FP8 products for {device.arch}"
+    return None
+
+
+def _ahead(spec: GemmSpec, device: Device) -> str | None:
+    if spec.form is Form.GROUPED_M and spec.dtype is torch.bfloat16 and device.compute_capability == (9, 0):
+        return "before torch_grouped: at least as fast in what was printed on an H200 (docs/gemm_kernels.md)"
     return None
 
 
@@ -86,10 +93,12 @@ class TritonGemm:
             forms=frozenset({Form.DENSE, Form.GROUPED_M, Form.GROUPED_K, Form.BATCHED}),
             scalings=frozenset({UNSCALED, *((x, y) for x in _OF_A for y in _OF_B)}),
             features=PLAIN_FEATURES | Feature.DETERMINISTIC | Feature.BATCH_INVARIANT,
-            # One kernel a kind of call; 2 to 4 s each when cross-compiled for sm_90 on a 2-core EPYC, 2026-11-27.
-            first_call_seconds=3.0,
+            # One kernel a kind of call: 0.3 to 1.1 s each, cross-compiled for sm_80 and sm_90 (Triton 3.7.1, two idle
+            # Xeon cores, 2026-11-30; 2 to 4 s on two busy EPYC cores). Forward attention took 1.5 s on an H200.
+            first_call_seconds=1.5,
             guards=(Guard("counts", _counts),),
-            size_notes=(Guard("pointers", _loads), Guard("widened", _widened)),
+            size_notes=(Guard("pointers", _loads),),
+            device_notes=(Rule("widened", _widened), Rule("ahead", _ahead)),
         )
     )
 
