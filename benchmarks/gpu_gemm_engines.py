@@ -18,9 +18,14 @@ from benchmarks import gpu_gemm_cases as cases
 from benchmarks.gpu_gemm_cases import Case, Inputs, Timed
 
 ROUNDS = 9
+DEVICE = torch.device("cuda")
 #: Names a directory of prebuilt CUTLASS libraries to processes of the run.
 LIBRARIES = "GPU_GEMM_LIBRARIES"
 Engine = Callable[..., Callable[[], Tensor]]  # (case, inputs[, tile]) -> a call that returns the product
+
+
+class Refused(Exception):
+    """An engine does not take a case; the reason."""
 
 
 def triton_call(
@@ -70,7 +75,11 @@ def gpu() -> tuple[str, int]:
 
 
 def cutlass_call(case: Case, given: Inputs) -> Callable[[], Tensor]:
-    """Return our CUTLASS kernel on these inputs; KeyError with the reason for a case that it does not take."""
+    """Return our CUTLASS kernel on these inputs.
+
+    Raises:
+        Refused: a case that it does not take, or a kernel that is not built.
+    """
     from vllm_accel.kernels.cutlass import build, library
 
     arch, sms = gpu()
@@ -78,14 +87,14 @@ def cutlass_call(case: Case, given: Inputs) -> Callable[[], Tensor]:
     kind = element.get((case.dtype, case.scaling))
     step = 128 if kind == "e4m3" else 8
     if kind is None or case.form != "rows" or case.gather or case.bias or not case.native:
-        raise KeyError("not for CUTLASS")
+        raise Refused("takes 16-bit rows, and e4m3 rows by blocks, without bias and gather")
     if case.k % step or case.n % step or (kind == "e4m3" and (arch != "sm_90" or case.along == "n")):
-        raise KeyError("needs copies")
+        raise Refused("needs copies for these sizes and strides, or sm_90 for e4m3")
     wanted = build.variant(arch, kind, case.along == "k", given.a.shape[0] <= 64 * len(case.sizes))
     carried = Path(os.environ.get(LIBRARIES, ""), f"{wanted}.so")
     path = carried if carried.is_file() else build.path_of(wanted)
     if not path.is_file():
-        raise KeyError(f"{wanted} is not built")
+        raise Refused(f"{wanted} is not built")
     launch = library.load(path)
     of_a = None if given.a_factors is None else given.a_factors[0].contiguous()
     of_b = None if given.b_factors is None else given.b_factors.transpose(1, 2).contiguous()
@@ -111,13 +120,12 @@ def check(engine: str, case: Case) -> dict[str, Any]:
     started = time.perf_counter()
     found: dict[str, Any] = {"engine": engine, "case": str(case)}
     try:  # what else is raised, benchmarks.workers reports, and replaces a process whose context is lost
-        given = cases.draw(case, torch.device("cuda"))
+        given = cases.draw(case, DEVICE)
         made = engines()[engine](case, given)()
-        torch.cuda.synchronize()
         found["error"], found["limit"] = cases.error(made, cases.exact(case, given)), cases.NEAR[case.out]
         zeros = case.form != "rows" or not bool(made[sum(case.sizes) :].any())
         found["ok"] = found["error"] <= found["limit"] and zeros
-    except KeyError as refusal:
+    except Refused as refusal:
         found.update(ok=True, refused=str(refusal))
     return {**found, "seconds": round(time.perf_counter() - started, 2)}
 
@@ -197,20 +205,21 @@ def time_calls(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
 
 
 def contest(timed: Timed, cutlass: bool) -> dict[str, Any]:
-    """Check and time every contestant of one shape."""
+    """Check and time every contestant of one shape; what does not take it, fails or is wrong is in "refused"."""
     case = timed.case
-    given = cases.draw(case, torch.device("cuda"))
+    given = cases.draw(case, DEVICE)
     made: dict[str, Any] = {"name": timed.name, "case": str(case), "refused": {}, "error": {}}
     calls: dict[str, Callable[[], Tensor]] = {}
     for name, build in _contestants(timed, given, cutlass):
         try:
             call = build()
             made["error"][name] = sample_error(case, given, call())
-            torch.cuda.synchronize()
             if made["error"][name] > cases.NEAR[case.out]:
                 made["refused"][name] = f"wrong by {made['error'][name]:.3g}"
             else:
                 calls[name] = call
+        except Refused as refusal:
+            made["refused"][name] = str(refusal)
         except Exception as failure:
             made["refused"][name] = _short(failure)
     for name, call in cases.torch_rivals(case, given).items():

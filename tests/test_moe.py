@@ -128,6 +128,36 @@ def test_quantised_weights() -> None:
         fused_moe(**call | {"x": given["x"].requires_grad_()}, scale_recipe="row")
 
 
+@pytest.mark.parametrize("scaling", ["row", "128x128", "int8"])
+def test_quantised_weights_are_traced(scaling: str) -> None:
+    given = _draw(torch.bfloat16, bias=True)
+    named = {"w_gate_up": "scale_gate_up", "w_down": "scale_down"}
+    call: dict[str, Any] = dict(given)
+    for name, scale in named.items():
+        if scaling == "int8":
+            values, factors = quantize_int8(given[name].mT)
+        else:
+            values, factors = quantize_fp8(given[name].mT, scaling=scaling)
+        call |= {name: values.mT, scale: factors.mT if scaling == "128x128" else factors}
+    call["scale_recipe"] = "row" if scaling == "int8" else scaling
+    compiled = torch.compile(fused_moe, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(**call), fused_moe(**call))
+    if scaling != "row":
+        return
+    with pytest.raises(Exception, match="no derivative"):
+        compiled(**call | {"x": given["x"].clone().requires_grad_()})
+    with pytest.raises(Exception, match="scale_recipe is missing"):
+        compiled(**given | {scale: call[scale] for scale in named.values()})
+
+
+def test_int8_weights_have_no_blocks() -> None:
+    given = _draw(torch.bfloat16)
+    call = given | {"w_gate_up": given["w_gate_up"].to(torch.int8), "w_down": given["w_down"].to(torch.int8)}
+    scales = {"scale_gate_up": torch.ones(E, 1, 1), "scale_down": torch.ones(E, 1, 1)}
+    with pytest.raises(ValueError, match='int8 weights is "tensor" or "row"'):
+        fused_moe(**call, **scales, scale_recipe="128x128")
+
+
 def test_a_token_does_not_see_the_others() -> None:
     given = _draw(torch.float32)
     alone = {n: t[4:7] if n in ("x", "topk_weights", "topk_ids") else t for n, t in given.items()}

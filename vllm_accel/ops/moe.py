@@ -19,10 +19,11 @@ from vllm_accel.dispatch.settings import settings
 from vllm_accel.ops import gemm_compiled, gemm_transforms
 from vllm_accel.ops.gemm_arguments import GemmOptions, canonical_scale, scaling_of, spec_of
 from vllm_accel.ops.gemm_run import asked_for, bound_to, needs_grad, product
-from vllm_accel.ops.moe_arguments import MoeOptions, check_ids, describe_moe
+from vllm_accel.ops.moe_arguments import MoeOptions, check_dtypes, check_ids, describe_moe
 from vllm_accel.ops.run import may_fall_back, on_device, outside_capture
 
 PLANS: PlanCache[Plan] = PlanCache()
+_NO_DERIVATIVE = "fused_moe with quantised weights has no derivative; use torch.no_grad()"
 
 _overridden = override.variable("gemm").get
 _grad_enabled = torch.is_grad_enabled
@@ -153,7 +154,7 @@ def _make_plan(
     grad = needs_grad(x, w_gate_up, w_down, args.topk_weights, args.bias_gate_up, args.bias_down)
     described = describe_moe(x, w_gate_up, w_down, args, options, grad)
     if grad and options.scale_recipe is not Scaling.NONE:
-        raise NotImplementedError("fused_moe with quantised weights has no derivative; use torch.no_grad()")
+        raise NotImplementedError(_NO_DERIVATIVE)
     asked, asked_by = asked_for(backend, _overridden())
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     guard = tensor_guard(x, w_gate_up, w_down, *(t for t in args if t is not None))
@@ -200,17 +201,28 @@ def _composed(
     multiply: Callable[..., Tensor],
 ) -> Tensor:
     """Run the layer as differentiable operators, each product through the dispatch."""
+    from vllm_accel.backends.gemm.moe import activations_of, quantised
     from vllm_accel.kernels.torch.moe import gated, mixture
 
-    if options.scale_recipe is not Scaling.NONE:
-        raise NotImplementedError("fused_moe with quantised weights is not traced; call it outside torch.compile")
+    check_dtypes(x, w_gate_up, w_down, args, options)
+    weights = options.scale_recipe
+    if weights is not Scaling.NONE and needs_grad(x, args.topk_weights, args.bias_gate_up, args.bias_down):
+        raise NotImplementedError(_NO_DERIVATIVE)
+    rows_as = activations_of(weights)
+    out_dtype = None if weights is Scaling.NONE else x.dtype
     flags = options.deterministic, options.batch_invariant
-    grouped = GemmOptions(Form.GROUPED_M, deterministic=flags[0], batch_invariant=flags[1])
+    grouped = GemmOptions(Form.GROUPED_M, rows_as, weights, out_dtype, *flags)
 
-    def by(weights: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda rows, ends, order: multiply(rows, weights, GemmArgs(ends, bias), grouped, backend)
+    def by(experts: Tensor, bias: Tensor | None, scale: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def run(rows: Tensor, ends: Tensor, order: Tensor) -> Tensor:
+            scale_a = None
+            if weights is not Scaling.NONE:
+                rows, scale_a = quantised(rows, rows_as, experts.dtype)
+            return multiply(rows, experts, GemmArgs(ends, bias, scale_a, scale), grouped, backend)
+
+        return run
 
     return mixture(
-        x, args.topk_weights, args.topk_ids, w_down.shape[0], by(w_gate_up, args.bias_gate_up),
-        gated(options.activation), by(w_down, args.bias_down),
+        x, args.topk_weights, args.topk_ids, w_down.shape[0], by(w_gate_up, args.bias_gate_up, args.scale_gate_up),
+        gated(options.activation), by(w_down, args.bias_down, args.scale_down),
     )  # fmt: skip

@@ -35,7 +35,7 @@ def describe_moe(
         ValueError, TypeError: naming the argument, its value and what is allowed.
     """
     tokens, hidden, inner, experts, top_k = _sizes(x, w_gate_up, w_down, args)
-    _dtypes(x, w_gate_up, w_down, args, options)
+    check_dtypes(x, w_gate_up, w_down, args, options)
     for name, tensor in {"w_gate_up": w_gate_up, "w_down": w_down, **args._asdict()}.items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}; got {tensor.device}")
@@ -92,7 +92,12 @@ def _sizes(x: Tensor, w_gate_up: Tensor, w_down: Tensor, args: MoeArgs) -> tuple
     return tokens, hidden, inner, experts, ids.shape[1]
 
 
-def _dtypes(x: Tensor, w_gate_up: Tensor, w_down: Tensor, args: MoeArgs, options: MoeOptions) -> None:
+def check_dtypes(x: Tensor, w_gate_up: Tensor, w_down: Tensor, args: MoeArgs, options: MoeOptions) -> None:
+    """Look at everything but sizes, which may be symbols in a trace.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what is allowed.
+    """
     if x.dtype not in _FLOATS:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64; got {x.dtype}")
     if args.topk_ids.dtype not in (torch.int32, torch.int64):
@@ -113,6 +118,8 @@ def _dtypes(x: Tensor, w_gate_up: Tensor, w_down: Tensor, args: MoeArgs, options
             raise TypeError(
                 f"quantised weights must be float8_e4m3fn or int8 both; got {w_gate_up.dtype}, {w_down.dtype}"
             )
+        if w_down.dtype is torch.int8 and options.scale_recipe not in (Scaling.TENSOR, Scaling.ROW):
+            raise ValueError(f'scale_recipe of int8 weights is "tensor" or "row"; got {options.scale_recipe.value!r}')
         for name, scale in scales.items():
             if scale is None or scale.dtype is not torch.float32:
                 raise TypeError(f"{name} must be float32; got {scale if scale is None else scale.dtype}")
