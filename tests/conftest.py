@@ -38,9 +38,21 @@ def _is_interpreted(path: Path) -> bool:
     return INTERPRETED in (path, *path.parents)
 
 
+def _group(path: Path) -> str:
+    """Return which of the groups of tests/run.py a test is in."""
+    if _is_interpreted(path):
+        return "interpreted"
+    return "compiled" if path.match("test_*_compile.py") else "others"
+
+
 def _belongs_here(path: Path) -> bool:
-    """Tell whether a test is for this process: those in tests/interpreted are where Triton interprets, no others."""
-    return _is_interpreted(path) == (os.environ.get(_INTERPRET, "").lower() in ("1", "true", "yes", "on", "y"))
+    """Tell whether a test is for this process: tests/interpreted where Triton interprets, all others elsewhere.
+
+    Where TEST_GROUP names a group, as tests/run.py does, only that group.
+    """
+    interprets = os.environ.get(_INTERPRET, "").lower() in ("1", "true", "yes", "on", "y")
+    group = _group(path)
+    return (group == "interpreted") == interprets and os.environ.get("TEST_GROUP", group) == group
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,12 +63,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave what belongs to the other process unread."""
-    return None if collection_path in INTERPRETED.parents or _belongs_here(collection_path) else True
+    """Leave what belongs to another process unread."""
+    if collection_path in (INTERPRETED, *INTERPRETED.parents) or collection_path.is_dir():
+        return None
+    return None if collection_path.suffix != ".py" or _belongs_here(collection_path) else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what was named on the command line and yet belongs to the other process."""
+    """Leave out what was named on the command line and yet belongs to another process."""
     others = [item for item in items if not _belongs_here(item.path)]
     if others:
         config.hook.pytest_deselected(items=others)
