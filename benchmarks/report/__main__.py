@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report import figures, page, table
+from benchmarks.report import canvas, figures, page, table
 from benchmarks.report.files import read
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = []
     for plot in figures.draw(sources):
         path = given.out / f"{plot.name}.png"
-        plot.figure.suptitle(plot.title, fontsize=11, x=0.01, ha="left")
+        canvas.finish(plot)
         plot.figure.savefig(path, dpi=given.dpi)
         made.append((plot, path))
     (given.out / "index.html").write_text(page.build(sources, made, rejected), encoding="utf-8")

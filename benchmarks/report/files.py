@@ -13,13 +13,13 @@ import torch
 from vllm_accel.tuning.shape import Shape
 
 #: What a file is, by a key that only such a file has. A file without a known one is listed, not drawn.
-KINDS = ("shapes", "lengths", "sections", "known_bad", "measured")
+KINDS = ("lengths", "sections", "known_bad")
 _SHAPE_FIELDS = {f.name for f in fields(Shape)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """One result file. kind: of `KINDS`, "conformance", "selection", "cpu", "gemm" or "other"; data: as written."""
+    """One result file. kind: of `KINDS` or what else `kind_of` tells apart; data: as written."""
 
     path: Path
     kind: str
@@ -48,8 +48,10 @@ class Source:
         packages = about.get("packages")
         if isinstance(packages, dict):
             versions += [f"{name} {version}" for name, version in packages.items() if name not in ("vllm-accel",)]
-        parts = [self.hardware, ", ".join(versions), str(about.get("date", ""))[:10], str(about.get("command", "")),
-                 str(about.get("remark", ""))]  # fmt: skip
+        on_cpu = not about.get("gpu") and about.get("threads") and about.get("cores")
+        cores = f"{about['threads']} of {about['cores']} cores" if on_cpu else ""
+        parts = [self.hardware, cores, ", ".join(versions), str(about.get("date", ""))[:10],
+                 str(about.get("command", "")), str(about.get("remark", ""))]  # fmt: skip
         return " · ".join(part for part in parts if part)
 
 
@@ -87,26 +89,31 @@ def read(paths: Iterable[Path]) -> tuple[list[Source], list[str]]:
 
 
 def kind_of(data: Any) -> str:
-    """Tell what a result file holds."""
+    """Tell what a result file holds, by what its first row has: one of the kinds, or "other", listed and not drawn."""
     if not isinstance(data, dict):
         return "other"
     for kind in KINDS:
         if isinstance(data.get(kind), list):
             return kind
+    if isinstance(data.get("rates"), dict) and "ratio" in data:
+        return "generate"
     if isinstance(data.get("checks"), list) and isinstance(data.get("timed"), list):
         return "gemm"
-    rows = data.get("results", data.get("rows"))
-    first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
+    first: dict[str, Any] = next((_first(data[name]) for name in _LISTS if name in data), {})
     if "outcome" in first and ("case" in first or "seconds_in_all" in first):
         return "conformance"
-    if "shape" in first and isinstance(first.get("results"), list):
-        return "shapes"
-    calls = data.get("calls")
-    if isinstance(calls, list) and calls and "regret" in calls[0]:
-        return "selection"
-    if "of_machine" in first:
-        return "cpu"
-    return "other"
+    if "shape" in first:
+        return "gemm" if isinstance(first.get("seconds"), dict) else "shapes"
+    if "extra" in first or "train" in _first(first.get("value")):
+        return "memory"
+    return "selection" if "regret" in first else "cpu" if "of_machine" in first else "other"
+
+
+_LISTS = ("results", "shapes", "rows", "calls", "measured")
+
+
+def _first(rows: Any) -> dict[str, Any]:
+    return rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
 
 
 def points(sources: Iterable[Source]) -> Iterator[Point]:
@@ -126,6 +133,20 @@ def points(sources: Iterable[Source]) -> Iterator[Point]:
                         source, shape, dtype, result["name"], result["seconds"], result.get("peak"),
                         matmul * 1e12 if matmul else None, copy * 1e9 if copy else None,
                     )  # fmt: skip
+
+
+def growth(source: Source) -> dict[str, list[tuple[int, int]]]:
+    """Return (tokens, bytes beyond the inputs) of each kind of call of a memory file; " + backward" marks training."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for row in source.data.get("measured", ()) if source.kind == "memory" else ():  # of `benchmarks.memory`
+        if row["extra"] and not row["error"]:
+            name = row["case"].replace("_backward", " + backward")
+            found.setdefault(name, []).append((row["seqlen"], row["extra"]))
+    for kernel in source.data.get("results", ()) if source.kind == "memory" else ():  # of `benchmarks.gpu_triton`
+        for one in kernel.get("value") or ():
+            for key, name in (("forward", kernel["name"]), ("train", f"{kernel['name']} + backward")):
+                found.setdefault(name, []).append((one["seqlen"], one[key]))
+    return {name: sorted(values) for name, values in found.items()}
 
 
 def shape_of(data: dict[str, Any]) -> Shape:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.report.figures import regrets
+from benchmarks.report.choice_plots import regrets, summary
 from benchmarks.report.files import Source, points
 
 #: The document's rows: label, the backends that are the library here, what the document says of its speed, memory,
@@ -149,12 +149,11 @@ def _declared(members: Sequence[str]) -> str:
 
 
 def regret_line(sources: Sequence[Source]) -> str:
-    """Say in one line what automatic choice costs, empty without a selection file."""
+    """Say in one line what automatic choice costs on one machine, empty without a selection file."""
     texts = []
     for source in sources:
         rows = regrets(source) if source.kind == "selection" else []
         if rows:
-            mean = math.exp(sum(math.log(ours) for ours, _ in rows) / len(rows))
-            texts.append(f"{source.hardware}: {len(rows)} unseen shapes, {mean:.3f} in the geometric mean, "
-                         f"{max(ours for ours, _ in rows):.2f} at worst")  # fmt: skip
+            ours, fixed = (summary([getattr(row, name) for row in rows]) for name in ("ours", "fixed"))
+            texts.append(f"{len(rows)} unseen calls, {ours}; the shipped order: {fixed}")
     return "; ".join(texts)
