@@ -13,7 +13,10 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.sass_flow import bad_descriptors
 
 if TYPE_CHECKING:
     from vllm_accel.kernels.triton.launch import Launch
@@ -88,21 +91,24 @@ def compile_launch(launch: Launch, arch: str, **options: Any) -> Compiled:
     from triton.experimental.gluon._runtime import GluonASTSource
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
+    from vllm_accel.kernels.triton.assembling import assembling
+
     if arch not in SHARED_LIMIT:
         raise ValueError(f"{arch!r} is not one of {', '.join(ARCHS)}")
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
     fn, backend = launch.fn, make_backend(target)
     if not isinstance(fn, JITFunction):
         raise TypeError(f"{fn} is a {type(fn).__name__}: only what triton.jit or gluon.jit returned can be compiled")
-    given = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **options}
+    given: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **options}
     if launch.maxnreg and target.backend == "cuda":
         given["maxnreg"] = launch.maxnreg
-    # The steps of JITFunction.run between its look at the device and its launch.
-    bind = create_function_from_signature(fn.signature, fn.params, backend)
-    bound, specialization, rest = bind(*launch.args, **launch.constexprs, **given, debug=False)
-    parsed, signature, constexprs, attrs = fn._pack_args(backend, rest, bound, specialization, rest)
-    source = (GluonASTSource if fn.is_gluon() else ASTSource)(fn, signature, constexprs, attrs)
-    kernel = triton_compile(source, target=target, options=parsed.__dict__)
+    with assembling(fn, target) as more:
+        # The steps of JITFunction.run between its look at the device and its launch.
+        bind = create_function_from_signature(fn.signature, fn.params, backend)
+        bound, specialization, rest = bind(*launch.args, **launch.constexprs, **given, **more, debug=False)
+        parsed, signature, constexprs, attrs = fn._pack_args(backend, rest, bound, specialization, rest)
+        source = (GluonASTSource if fn.is_gluon() else ASTSource)(fn, signature, constexprs, attrs)
+        kernel = triton_compile(source, target=target, options=parsed.__dict__)
     read = _read_nvidia if target.backend == "cuda" else _read_amd
     return read(kernel, arch, target)
 
@@ -110,7 +116,7 @@ def compile_launch(launch: Launch, arch: str, **options: Any) -> Compiled:
 def assert_fits(
     compiled: Compiled, arch: str, *, tensor_cores: bool = True, max_spills: int = 0, blocks: int = 1
 ) -> None:
-    """Assert that a kernel can run well on `arch`: shared and tensor memory, spills, the matrix unit.
+    """Assert that a kernel can run well on `arch`: shared and tensor memory, spills, the matrix unit, descriptors.
 
     Args:
         compiled: of `compile_launch`.
@@ -126,6 +132,9 @@ def assert_fits(
         f"{compiled}, {compiled.tensor_memory} tensor memory columns"
     )
     assert compiled.spills <= max_spills, f"{compiled}; at most {max_spills} spills are accepted"
+    if arch == "sm_90":
+        bad = bad_descriptors(compiled.sass)
+        assert not bad, f"{compiled}: products read shared memory at random: {bad}"
     if tensor_cores:
         assert any(compiled.instructions[op] for op in TENSOR_CORES), f"{compiled}"
     if blocks > 1:
@@ -134,6 +143,15 @@ def assert_fits(
         assert blocks * (compiled.shared + 1024) <= SHARED_LIMIT[arch] + 1024, f"{compiled}: {blocks} blocks do not fit"
         registers = blocks * compiled.threads * -(-compiled.registers // 8) * 8
         assert registers <= 65536, f"{compiled}: {blocks} blocks of {compiled.threads} threads do not fit"
+
+
+def assemble(ptx: str, arch: str, ptxas: str) -> str:
+    """Return the disassembly of what another ptxas (a path) makes of a kernel's PTX."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        _tool(ptxas, f"--gpu-name={arch}{'a' if int(arch[3:]) >= 90 else ''}", str(source), "-o", str(binary))
+        return _disassemble(binary.read_bytes())[2]
 
 
 def _read_nvidia(kernel: Any, arch: str, target: Any) -> Compiled:

@@ -23,6 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from crosscompile import ARCHS, SHARED_LIMIT, Compiled, assert_fits, compile_launch
+from vllm_accel.kernels.triton.assembling import assembling
 from vllm_accel.kernels.triton.launch import Launch, compile_options
 
 
@@ -134,7 +135,9 @@ LAUNCHES = {
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_the_launch_is_compiled_as_triton_would(name: str) -> None:
     launch = LAUNCHES[name]
-    told = launch.fn.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **compile_options(launch))
+    options = {**launch.constexprs, **compile_options(launch)}
+    with assembling(launch.fn, GPUTarget("cuda", 90, 32)) as more:
+        told = launch.fn.warmup(*launch.args, grid=launch.grid, **options, **more)
     made = compile_launch(launch, "sm_90")
     assert made.ptx == told.asm["ptx"]
     assert (made.shared, made.threads) == (told.metadata.shared, told.metadata.num_warps * 32)

@@ -20,6 +20,7 @@ from torch import Tensor
 import triton
 from triton import knobs
 from triton.runtime.errors import OutOfResources
+from vllm_accel.kernels.triton.assembling import assembling
 from vllm_accel.kernels.triton.tiles import Tile, smaller
 
 #: Releases whose ``CompiledKernel.run(grid..., stream, function, packed_metadata, launch_metadata, hooks..., *args)``
@@ -57,7 +58,11 @@ def compile_options(launch: Launch) -> dict[str, int]:
 
 def run(launch: Launch) -> Any:
     """Launch the ordinary way, compiling if need be; return the compiled kernel (None under the interpreter)."""
-    return launch.fn[launch.grid](*launch.args, **launch.constexprs, **compile_options(launch))
+    options = {**launch.constexprs, **compile_options(launch)}
+    if not isinstance(launch.fn, triton.runtime.JITFunction):
+        return launch.fn[launch.grid](*launch.args, **options)
+    with assembling(launch.fn, triton.runtime.driver.active.get_current_target()) as more:
+        return launch.fn[launch.grid](*launch.args, **options, **more)
 
 
 #: What a launch needs of a compiled kernel: its launcher, function handle and packed metadata.

@@ -22,6 +22,8 @@ from pathlib import Path
 OLDEST, NEWEST = (3, 6), (3, 7)
 #: A compiled attention kernel with its intermediate forms takes 0.5 to 1 MB of the cache (Triton 3.7.1, sm_90).
 ENOUGH_SPACE = 64 * 1024**2
+#: The release of ptxas that is not to be trusted with wgmma: see `assembling`.
+MISCOMPILES_HOPPER = "12.8"
 SECONDS = 10  # a ptxas that takes longer to say its version hangs
 
 _NETWORK = {
@@ -82,7 +84,7 @@ def notes(device_arch: str | None) -> tuple[Problem, ...]:
 
 def forget() -> None:
     """Look again at the next question, for what changed without a variable changing."""
-    for found in (_problems, _notes, assembler):
+    for found in (_problems, _notes, _hopper_ptxas, assembler):
         found.cache_clear()
 
 
@@ -205,6 +207,23 @@ def ptxas(device_arch: str | None) -> Assembler | None:
     return (assembler(asked) if asked is not None else None) or assembler(str(own))
 
 
+def hopper_ptxas() -> Assembler | None:
+    """Return the ptxas to take for sm_90 in place of the one that Triton would take; None if that one is sound.
+
+    None too where there is no better one, which `problems` tells. Why: see `assembling`.
+    """
+    return _hopper_ptxas(_settings())
+
+
+@functools.lru_cache(maxsize=16)
+def _hopper_ptxas(settings: tuple[str | None, ...]) -> Assembler | None:
+    found = ptxas("sm_90")
+    if found is None or found.release != MISCOMPILES_HOPPER:
+        return None
+    other = ptxas("sm_100")
+    return other if other and other.release != MISCOMPILES_HOPPER and "sm_90a" in other.archs else None
+
+
 @functools.lru_cache(maxsize=16)
 def assembler(path: str) -> Assembler | None:
     """Ask a ptxas for its release and architectures; None if it does not run."""
@@ -230,6 +249,9 @@ def _assembler(device_arch: str | None) -> Problem | None:
         return Problem("ptxas", "Triton finds no ptxas that runs", f"reinstall triton, or set {variable}")
     number = _number(device_arch)
     target = f"sm_{number}{'a' if number >= 90 else ''}"  # sm_arch_from_capability in backends/nvidia/compiler.py
+    if number == 90 and found.release == MISCOMPILES_HOPPER and hopper_ptxas() is None:
+        text = f"ptxas {found.release} ({found.path}) makes wrong code of large kernels for sm_90"
+        return Problem("ptxas", text, f"set {variable} to the ptxas of CUDA 12.9 or newer")
     if not number or not found.archs or target in found.archs:
         return None
     text = f"ptxas {found.release} ({found.path}) does not know {target}"

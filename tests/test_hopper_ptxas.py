@@ -1,0 +1,169 @@
+"""ptxas 12.8 writes wrong code for Hopper, and another one assembles our kernels there: what each makes of a PTX.
+
+The two kernels here are those of the conformance cases `everything`, which gave an illegal memory access and wrong
+numbers on an H200 (Triton 3.6.0, ptxas 12.8.93, 2026-11-27).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from benchmarks.crosscompile import assemble
+from benchmarks.sass_flow import bad_descriptors
+from crosscompile import assert_fits, compile_launch
+from vllm_accel.backends.triton import BACKEND
+from vllm_accel.dispatch.device import PRESETS
+from vllm_accel.dispatch.spec import Feature
+from vllm_accel.kernels.gluon.forward_sm90 import attention_forward as gluon_forward
+from vllm_accel.kernels.triton import launch, toolchain
+from vllm_accel.kernels.triton.assembling import assembling
+from vllm_accel.kernels.triton.forward import attention_forward
+from vllm_accel.testing import CASES, PAGED_CASES
+from vllm_accel.testing.conformance import kernel_call
+from vllm_accel.testing.conformance_paged import paged_kernel_call
+
+HOPPER, AMPERE = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 80, 32)
+OLD = re.compile(r"^\.version \d+\.\d+", re.MULTILINE)
+
+
+class Nothing:
+    """Stands for a compiled kernel."""
+
+    run = function = packed_metadata = None
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[launch.Launch]:
+    """What would be launched on an H200: nothing is, and out holds whatever it held."""
+    made: list[launch.Launch] = []
+    monkeypatch.setattr(launch, "run", lambda given: made.append(given) or Nothing())
+    # The refusal stays until a GPU has shown that the cause is gone.
+    monkeypatch.setattr(importlib.import_module("vllm_accel.backends.triton"), "_WRONG", ~Feature(0))
+    return made
+
+
+def _dense() -> None:
+    inputs = next(c for c in CASES if c.name == "everything").make(torch.bfloat16)
+    kernel_call(BACKEND, PRESETS["h200"])(inputs.q, inputs.k, inputs.v, return_lse=True, **inputs.options)
+
+
+def _paged() -> None:
+    inputs = next(c for c in PAGED_CASES if c.name == "everything").make(torch.bfloat16)
+    paged_kernel_call(BACKEND, PRESETS["h200"])(inputs.q, inputs.k_cache, inputs.v_cache, **inputs.options)
+
+
+@pytest.mark.parametrize("call", [pytest.param(_dense, marks=pytest.mark.slow), _paged], ids=["dense", "paged"])
+def test_the_kernels_that_were_wrong(call: Callable[[], None], launches: list[launch.Launch]) -> None:
+    call()
+    compiled = compile_launch(launches[0], "sm_90")
+    assert compiled.instructions["HGMMA"] == 24
+    assert_fits(compiled, "sm_90", max_spills=10**6)
+    own = toolchain.ptxas("sm_90")
+    if own is None or own.release != "12.8":
+        pytest.skip("this Triton's own ptxas is another one")
+    wrong = assemble(OLD.sub(".version 8.7", compiled.ptx), "sm_90", own.path)
+    assert len(bad_descriptors(wrong)) == 9, "of each loop's product with V all steps but the first"
+    with pytest.raises(AssertionError, match="at random"):
+        assert_fits(dataclasses.replace(compiled, sass=wrong), "sm_90", max_spills=10**6)
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+def _posing(path: Path, release: str, archs: str = "'sm_86','sm_90a','sm_100a'") -> str:
+    text = f'#!/bin/sh\n[ "$1" = --help ] && echo "{archs}" || echo "Cuda compilation tools, release {release}, V0"\n'
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], tuple[str, str]]:
+    """Put two programs in the places of ptxas and of ptxas-blackwell."""
+
+    def put(release: str, blackwell: str, **options: str) -> tuple[str, str]:
+        paths = _posing(tmp_path / "ptxas", release), _posing(tmp_path / "ptxas-blackwell", blackwell, **options)
+        monkeypatch.setenv("TRITON_PTXAS_PATH", paths[0])
+        monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", paths[1])
+        toolchain.forget()
+        return paths
+
+    return put
+
+
+def _release_in(target: GPUTarget, fn: Any = attention_forward) -> tuple[str, dict[str, int]]:
+    with assembling(fn, target) as options:
+        return triton.knobs.nvidia.ptxas.version, options
+
+
+def test_hopper_takes_the_other_ptxas(pair) -> None:
+    ptxas, _ = pair("12.8", "12.9")
+    assert _release_in(HOPPER) == ("12.9", {"ptx_version": 88})
+    assert _release_in(AMPERE) == ("12.8", {})
+    assert _release_in(GPUTarget("hip", "gfx942", 64)) == ("12.8", {})
+    assert _release_in(HOPPER, gluon_forward) == ("12.8", {})
+    assert triton.knobs.nvidia.ptxas.path == ptxas
+    assert not [p for p in toolchain.problems("sm_90") if p.code == "ptxas"]
+
+
+@pytest.mark.parametrize(("target", "options"), [(HOPPER, {"ptx_version": 88}), (AMPERE, {})], ids=["sm_90", "sm_80"])
+def test_a_launch_is_assembled_so(target: GPUTarget, options: dict[str, int], pair, monkeypatch) -> None:
+    pair("12.8", "12.9")
+    seen = []
+
+    def told(self: object, *args: object, grid: object, warmup: bool, **given: int) -> None:
+        seen.append((given, triton.knobs.nvidia.ptxas.version))
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: target))
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", told)
+    launch.run(launch.Launch(attention_forward, (1, 1, 1), (), {"D": 64}, 4, 2, 0))
+    assert seen == [({"D": 64, "num_warps": 4, "num_stages": 2, **options}, "12.9" if options else "12.8")]
+
+
+@pytest.mark.parametrize("release", ["12.6", "12.9", "13.0"])
+def test_a_sound_ptxas_stays(release: str, pair) -> None:
+    pair(release, "13.1")
+    assert _release_in(HOPPER) == (release, {})
+
+
+@pytest.mark.parametrize(("blackwell", "archs"), [("12.8", "'sm_90a','sm_100a'"), ("13.9", "'sm_100a'")])
+def test_without_a_better_one_hopper_is_refused(blackwell: str, archs: str, pair) -> None:
+    pair("12.8", blackwell, archs=archs)
+    assert _release_in(HOPPER) == ("12.8", {})
+    (problem,) = (p for p in toolchain.problems("sm_90") if p.code == "ptxas")
+    assert "wrong code of large kernels for sm_90; set TRITON_PTXAS_PATH to the ptxas of CUDA 12.9" in str(problem)
+    assert not [p for p in toolchain.problems("sm_86") if p.code == "ptxas"]
+
+
+def test_threads_that_compile_at_once_all_take_it(pair) -> None:
+    """The setting is the process's: seen by another thread it would look like a person's own choice of 12.9."""
+    pair("12.8", "12.9")
+    inside, seen = threading.Event(), []
+
+    def other() -> None:
+        inside.wait(10)
+        seen.append(_release_in(HOPPER))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with assembling(attention_forward, HOPPER):
+        inside.set()
+        thread.join(0.3)
+        assert not seen, "it has to wait"
+    thread.join(10)
+    assert seen == [("12.9", {"ptx_version": 88})]
