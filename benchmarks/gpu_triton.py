@@ -2,6 +2,8 @@
 
 Steps, in order of value; each writes its file as it goes, and what fails costs itself alone:
 
+    everything    the cases that ptxas 12.8 made wrong on Hopper, with it and with the one that is taken instead, and
+                  other large combinations of options; `triton` refuses some of them until this has passed
     conformance   every case of `vllm_accel.testing` and longer ones against float64, in processes on all cores;
                   beside it every tile that `tiles` will time is compiled and checked
     peers         forward and decode against every other backend that runs here (`benchmarks.attention`)
@@ -32,7 +34,7 @@ from benchmarks import gpu_triton_tiles as tiling
 from benchmarks import machine, shapes
 from benchmarks.workers import NO_TIME, STOPPED, Done, Task, run_all
 
-STEPS = ("conformance", "peers", "backward", "tiles", "memory", "sanitizer")
+STEPS = ("everything", "conformance", "peers", "backward", "tiles", "memory", "sanitizer")
 FORWARD_SHAPES = (
     "prefill_8k_full", "prefill_8k_causal", "paged16_b32_4k", "paged64_b32_4k", "paged16_b16_16k", "paged64_b16_16k",
     "paged16_b1_16k", "paged64_b1_16k", "prefill_d64_4k_full", "prefill_d64_4k_causal", "prefill_d256_4k_causal",
@@ -67,11 +69,13 @@ _TINY = {
 
 
 def conformance_tasks() -> list[Task]:
-    """Return every backend, case and dtype, most telling first."""
+    """Return every backend, case and dtype, most telling first; what `everything` runs is not among them."""
     made = []
     for dtype in ("bf16", "fp16", "fp32"):
         for backend in ("triton", "gluon_hopper"):
-            named = [(False, n) for n in work.dense_cases()] + [(True, n) for n in work.paged_cases()]
+            named = [(False, n) for n in work.dense_cases() if not n.startswith("combined")] + [
+                (True, n) for n in work.paged_cases()
+            ]
             for paged, name in named:
                 if (dtype == "fp32" and (backend != "triton" or name not in _FP32)) or (paged and backend != "triton"):
                     continue
@@ -152,6 +156,29 @@ def conformance(run: Run) -> None:
     run.write("candidates", tiles)
     counts = {kind: sum(r.get("outcome") == kind for r in rows) for kind in ("ran", "refused", "failed", "not run")}
     run.say(f"conformance: {counts}; tiles: {sum(map(len, run.alive.values()))} of {len(tiles)} are right")
+
+
+def everything_tasks() -> list[Task]:
+    """Return the cases `everything` with either ptxas, and the combinations with ours."""
+    both = itertools.product(("ours", "Triton's"), (False, True), ("bf16", "fp16"))
+    made = [
+        Task(f"{'paged_' if paged else ''}everything {dtype}, {ptxas} ptxas", work.unrefused,
+             (paged, "everything", dtype, ptxas))
+        for ptxas, paged, dtype in both
+    ]  # fmt: skip
+    return made + [Task(c.name, work.unrefused, (False, c.name, "bf16", "ours")) for c in work.COMBINED_CASES]
+
+
+def everything(run: Run) -> None:
+    """Say of each case whether it is right; with Triton's own ptxas 12.8 `everything` is expected not to be."""
+    rows: list[dict[str, Any]] = []
+
+    def report(done: Done) -> None:
+        rows.append(_row(done))
+        run.write("everything", rows)
+        run.say(f"{done.task.name}: {rows[-1]['outcome']} {rows[-1].get('detail', '')[:120]}")
+
+    run_all(run.chosen(everything_tasks()), run.jobs, run.left(0.2), report)
 
 
 def _one_by_one(run: Run, step: str, tasks: list[Task], share: float, show: Callable[[dict[str, Any]], str]) -> None:
@@ -297,8 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Run(given.out, given, tiling.here().arch, facts)
     for step in (step for step in STEPS if step in wanted):
         try:
-            {"conformance": conformance, "peers": peers, "backward": backward, "tiles": tiles, "memory": memory,
-             "sanitizer": sanitizer}[step](run)  # fmt: skip
+            {"everything": everything, "conformance": conformance, "peers": peers, "backward": backward,
+             "tiles": tiles, "memory": memory, "sanitizer": sanitizer}[step](run)  # fmt: skip
         except Exception as error:  # the next step is worth having all the same
             run.say(f"{step} ended: {type(error).__name__}: {error}")
     path = given.out / "triton_conformance.json"
@@ -309,6 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _list(wanted: Sequence[str]) -> int:
     known = {shape.name for shape in shapes.GPU_SHAPES}
     listed: dict[str, list[str]] = {
+        "everything": [t.name for t in everything_tasks()],
         "conformance": [t.name for t in (*conformance_tasks(), *candidate_tasks("sm_90"))],
         "peers": [n for n in FORWARD_SHAPES if n in known], "backward": [n for n in BACKWARD_SHAPES if n in known],
         "tiles": list(tiling.problems()), "memory": ["triton", "gluon_hopper"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -16,7 +17,8 @@ from benchmarks.attention_calls import contestants
 from benchmarks.gpu_triton_tiles import ROUNDS
 from vllm_accel import attention, write_kv
 from vllm_accel.dispatch import registry
-from vllm_accel.kernels.triton import merge_launch
+from vllm_accel.dispatch.spec import Feature
+from vllm_accel.kernels.triton import launch, merge_launch, toolchain
 from vllm_accel.testing import CASES, PAGED_CASES, Case, PagedCase, check_backend, check_paged_backend
 from vllm_accel.testing.oracle import merge_oracle
 from vllm_accel.testing.tolerance import assert_close, assert_lse_close
@@ -30,6 +32,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 _CAUSAL: dict[str, Any] = {"causal": True}
 _GQA: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2}
+_COMBINED: dict[str, Any] = {"window_size": (70, -1), "softcap": 4.0}
 _RAGGED = ((300, 300), (1, 700), (129, 513), (0, 40), (77, 5), (256, 256))
 _LONG = ((1, 700), (1, 3), (1, 1300), (1, 4097))
 _MANY = ((40, 1300), (1, 2100), (300, 300), (0, 9), (7, 900))
@@ -74,9 +77,20 @@ LONG_PAGED_CASES: tuple[PagedCase, ...] = (
 )  # fmt: skip
 
 
+#: Options that make a kernel large, in every combination: what ptxas 12.8 made wrong of the largest.
+COMBINED_CASES: tuple[Case, ...] = tuple(
+    Case(f"combined_{'_'.join(('d', *chosen))}_{d}_{dv}", "", seqlen_q=121, seqlen_k=234, head_dim=d, head_dim_v=dv,
+         bias="heads" if "bias" in chosen else None, alibi="batch" if "alibi" in chosen else None, sinks=True,
+         options={**_CAUSAL, **{n: v for n, v in _COMBINED.items() if n in chosen}}, grad=False, **_GQA)
+    for count in range(2, 5)
+    for chosen in itertools.combinations(("window_size", "softcap", "alibi", "bias"), count)
+    for d, dv in ((40, 24), (64, 64), (128, 128))
+)  # fmt: skip
+
+
 def dense_cases() -> dict[str, Case]:
     """Return the dense and packed cases by name."""
-    return {case.name: case for case in (*CASES, *LONG_CASES)}
+    return {case.name: case for case in (*CASES, *LONG_CASES, *COMBINED_CASES)}
 
 
 def paged_cases() -> dict[str, PagedCase]:
@@ -97,6 +111,25 @@ def conformance(backend: str, paged: bool, name: str, dtype: str, where: str = "
     if where == "cuda":
         torch.cuda.synchronize()
     return {"outcome": "ran" if outcome.ran else "refused", "detail": "; ".join(r.text for r in outcome.reasons)}
+
+
+def unrefused(paged: bool, name: str, dtype: str, ptxas: str, where: str = "cuda") -> dict[str, str]:
+    """Hold `triton` against the oracle on a case that it refuses on Hopper.
+
+    Args:
+        ptxas: whose assembles: "ours" (see `kernels/triton/assembling.py`) or "Triton's".
+    """
+    backend = importlib.import_module("vllm_accel.backends.triton")
+    refused, ours = backend._WRONG, toolchain.hopper_ptxas
+    launch._compiled.clear()  # knows no ptxas; Triton's own caches do
+    backend._WRONG = ~Feature(0)  # of no call
+    if ptxas != "ours":
+        toolchain.hopper_ptxas = lambda: None
+    try:
+        return conformance("triton", paged, name, dtype, where)
+    finally:
+        backend._WRONG, toolchain.hopper_ptxas = refused, ours
+        launch._compiled.clear()
 
 
 def kv_writes(where: str = "cuda") -> dict[str, str]:

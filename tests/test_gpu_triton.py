@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
 import os
 import time
@@ -14,6 +15,8 @@ from benchmarks import gpu_triton_tasks as work
 from benchmarks import gpu_triton_tiles as tiling
 from benchmarks.tile_problem import Where
 from benchmarks.workers import NO_TIME, STOPPED, Done, Task, run_all
+from vllm_accel.dispatch.spec import Feature
+from vllm_accel.kernels.triton import toolchain
 from vllm_accel.testing import Case, PagedCase
 
 META = Where(torch.device("meta"), "sm_90")
@@ -79,6 +82,30 @@ def test_the_longer_cases_are_cases(case: Case) -> None:
 @pytest.mark.parametrize("case", work.LONG_PAGED_CASES[::5], ids=lambda case: case.name)
 def test_the_longer_paged_cases_are_cases(case: PagedCase) -> None:
     assert work.conformance("reference", True, case.name, "fp32", "cpu")["outcome"] == "ran"
+
+
+@pytest.mark.parametrize("case", work.COMBINED_CASES[::7], ids=lambda case: case.name)
+def test_the_combined_cases_are_cases(case: Case) -> None:
+    assert work.conformance("reference", False, case.name, "fp32", "cpu")["outcome"] == "ran"
+
+
+@pytest.mark.parametrize("ptxas", ["ours", "Triton's"])
+def test_what_is_refused_on_hopper_can_be_run_there(ptxas: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = importlib.import_module("vllm_accel.backends.triton")
+    before, sound = backend._WRONG, object()
+    monkeypatch.setattr(toolchain, "hopper_ptxas", lambda: sound)
+    seen = []
+
+    def check(*args: object) -> dict[str, str]:
+        seen.append((backend._WRONG in (before | Feature.BIAS | Feature.SINKS), toolchain.hopper_ptxas() is sound))
+        raise RuntimeError
+
+    monkeypatch.setattr(work, "conformance", check)
+    with pytest.raises(RuntimeError):
+        work.unrefused(False, "everything", "bf16", ptxas)
+    assert seen == [(False, ptxas == "ours")]
+    assert backend._WRONG is before and toolchain.hopper_ptxas() is sound
+    assert len({t.name for t in gpu_triton.everything_tasks()}) == 8 + len(work.COMBINED_CASES)
 
 
 def test_a_wrong_number_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
