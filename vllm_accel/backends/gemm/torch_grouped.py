@@ -54,12 +54,13 @@ def _fallback(spec: GemmSpec, device: Device) -> str | None:
 
 
 def _cpu(spec: GemmSpec, device: Device) -> str | None:
-    if device.type == "cpu" and not _has_cpu_kernel():
+    if device.type == "cpu" and not has_cpu_kernel():
         return f"has a CPU kernel from torch 2.9 on; this is {torch.__version__}"
     return None
 
 
-def _has_cpu_kernel() -> bool:
+def has_cpu_kernel() -> bool:
+    """Tell whether this torch has its grouped product on CPUs."""
     keys = ("CPU", "CompositeExplicitAutograd")
     return _exists() and any(torch._C._dispatch_has_kernel_for_dispatch_key("aten::_grouped_mm", key) for key in keys)
 
