@@ -25,9 +25,9 @@ def test_quick_run_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_wrong_backend_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cpu.FloatProducts.forward
+    real = cpu.NativeProducts.forward
     plan.invalidate()  # plans hold the method as it was
-    monkeypatch.setattr(cpu.FloatProducts, "forward", lambda self, *given: real(self, *given) * 1.01)
+    monkeypatch.setattr(cpu.NativeProducts, "forward", lambda self, *given: real(self, *given) * 1.01)
     report = gemm.measure(gemm_shapes.QUICK_SHAPES[0], torch.device("cpu"), torch.float32, 2, "cpu,torch_grouped")
     assert "wrong: an error of" in report.failed["cpu"] and "cpu" not in report.seconds
     assert "torch_grouped" in report.seconds
