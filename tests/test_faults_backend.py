@@ -19,7 +19,7 @@ import vllm_accel
 from faults.vllm_accel_faulty import FAULTS, VERSION, Faulty, install
 from vllm_accel import attention, explain
 from vllm_accel.cli import doctor, doctor_backends, doctor_machine, doctor_probe
-from vllm_accel.dispatch import probed, registry
+from vllm_accel.dispatch import probed, quarantine, registry
 from vllm_accel.dispatch.device import detect, preset
 from vllm_accel.dispatch.selection import State
 from vllm_accel.probe import Outcome, census, child, parent, probe
@@ -45,6 +45,7 @@ def faulty(request: pytest.FixtureRequest) -> Iterator[Faulty]:
     vllm_accel.register_backend("attention", backend, before="cpu")
     yield backend
     registry.unregister_backend("attention", backend.name)
+    quarantine.release()
 
 
 def outcome_of(backend: Faulty) -> Outcome:
@@ -259,13 +260,77 @@ def test_children_that_die_or_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.setenv("VLLM_ACCEL_NONSENSE", "1")  # a wrong setting is not the backend's fault
     names = [("attention", f"faulty_{fault}") for fault in ("launch_kills", "launch_hangs", "import")]
-    kills, hangs, imports = probe(names, "cpu", seconds=20.0, jobs=3)
+    kills, hangs, imports = probe(names, "cpu", seconds=6.0, jobs=3)
     assert kills.died
     assert kills.broken[probed.EVERYTHING].startswith("causal, bfloat16: the process ended with SIGABRT")
     assert hangs.died
-    assert hangs.broken == {probed.EVERYTHING: "causal, bfloat16: no answer within 20 s"}
+    assert hangs.broken == {probed.EVERYTHING: "causal, bfloat16: no answer within 6 s"}
     assert imports.unavailable is not None
     assert "No module named 'vllm_accel_no_such_module'" in imports.unavailable[1]
+
+
+def test_a_census_passes_over_what_hangs_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is without a sign of life, and does not count the start of Python and torch."""
+    monkeypatch.setenv("PYTHONPATH", install(tmp_path, "check_hangs", "check_exits", "none"))
+    fatal = census([("attention", f"faulty_{fault}") for fault in ("check_hangs", "check_exits", "none")], seconds=2.5)
+    assert fatal == {("attention", "faulty_check_hangs"): "importing its library: no answer within 2.5 s"}
+
+
+@pytest.mark.parametrize("per_event", [False, True])
+def test_what_the_limit_of_a_child_counts(tmp_path: Path, per_event: bool) -> None:
+    """Three signs of life, 0.5 s apart, under a limit of 1.2 s: too long in all, short enough for each."""
+    path = tmp_path / "events"
+    code = f"""
+import time
+time.sleep(1.3)
+for _ in range(3):
+    with open({str(path)!r}, "a") as file:
+        file.write("x")
+    time.sleep(0.5)
+"""
+    child = subprocess.Popen([sys.executable, "-S", "-c", code])
+    try:
+        assert parent._wait(child, path, 1.2, per_event) == (0 if per_event else None, 1.2)
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.mark.parametrize(
+    ("faulty", "text"),
+    [
+        ("bind_raises", "failed earlier in this process: RuntimeError: no kernel for this spec"),
+        ("launch_raises", "failed earlier in this process: RuntimeError: invalid configuration argument"),
+        ("check_raises", "its availability check failed: OSError: GLIBC_2.32 not found"),
+        ("check_exits", "its availability check failed: SystemExit: this GPU is not supported"),
+    ],
+    indirect=["faulty"],
+)
+def test_a_call_gets_over_it_is_right_and_explain_says_why(
+    faulty: Faulty, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    q, k, v = tensors()
+    want, _ = attention_oracle(q, k, v)
+    with caplog.at_level(logging.WARNING, "vllm_accel"):
+        for _ in range(3):
+            assert torch.allclose(attention(q, k, v).double(), want, atol=1e-5)
+    in_calls = faulty.fault in ("bind_raises", "launch_raises")
+    assert sum("is quarantined for" in record.getMessage() for record in caplog.records) == in_calls  # once
+    selection = explain(attention, q, k, v)
+    assert selection.chosen != faulty.name and text in selection[faulty.name].why
+    # Asked for by name, it is the error.
+    with pytest.raises((RuntimeError, vllm_accel.BackendUnavailableError), match=text.rpartition(": ")[2]):
+        attention(q, k, v, backend=faulty.name)
+
+
+def test_an_adapter_that_exits_when_it_is_imported_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adapter_that_exits.py").write_text("import sys\nsys.exit('wrong driver')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    key = ("attention", "exits")
+    monkeypatch.setitem(registry._entries, key, registry._Entry("adapter_that_exits:BACKEND"))
+    missing = registry.get(*key).unavailable_reason()
+    monkeypatch.delitem(registry._loaded, key)
+    assert missing is not None and missing.text == "its module does not import: SystemExit: wrong driver"
 
 
 def test_the_doctor_survives_what_ends_or_hangs_a_process(tmp_path: Path) -> None:
@@ -309,7 +374,9 @@ def test_an_import_that_hangs_is_found_in_time(monkeypatch: pytest.MonkeyPatch) 
         ([{"event": "begin", "op": "attention", "name": "c"}, {"event": "end", "op": "attention", "name": "c"}], ""),
     ])  # fmt: skip
     asked = []
-    monkeypatch.setattr(parent, "_child", lambda device, names, seconds: (asked.append(list(names)), next(answers))[1])
+    monkeypatch.setattr(
+        parent, "_child", lambda device, names, seconds, per_event: (asked.append(list(names)), next(answers))[1]
+    )
     fatal = census([("attention", name) for name in "abc"])
     assert fatal == {("attention", "b"): "importing its library: no answer within 60 s"}
     assert asked[1] == [("attention", "c")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +76,9 @@ def test_starts_no_cuda_context() -> None:
 
 def test_adds_at_most_five_percent_to_the_import_of_torch() -> None:
     _first()
-    shares = [found["ours"] / found["torch"] for found in (_import() for _ in range(5))]
-    # The smaller half: processor time only ever grows by what else the machine does.
-    assert statistics.median(sorted(shares)[:3]) <= 0.05, shares
+    shares: list[float] = []
+    # Two of at most five: processor time only ever grows by what else the machine does.
+    while len(shares) < 5 and sum(share <= 0.05 for share in shares) < 2:
+        found = _import()
+        shares.append(found["ours"] / found["torch"])
+    assert sum(share <= 0.05 for share in shares) == 2, shares

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,46 +23,67 @@ def test_the_exit_codes_of_two_processes(codes: tuple[int, int], worst: int) -> 
     assert combined(*codes) == worst
 
 
-PLAIN, INTERPRETED, COMPILED = (
-    "tests/test_run.py", "tests/interpreted/test_patches.py", "tests/test_grouped_gemm_compile.py",
-)  # fmt: skip
+PLAIN, INTERPRETED, COMPILED = "tests/test_plain.py", "tests/interpreted/test_patches.py", "tests/test_x_compile.py"
 
 
-def collected(interpret: str | None, group: str | None, *arguments: str) -> set[str]:
-    """Return the files of which pytest collects tests."""
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This project's rules with a test of each group that imports nothing: what is asked is where a file belongs."""
+    root = tmp_path_factory.mktemp("tree")
+    for path in (PLAIN, INTERPRETED, COMPILED):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        name = Path(path).stem
+        (root / path).write_text(
+            f"import os\n\n\ndef {name}():\n    print('interprets', os.environ['TRITON_INTERPRET'])\n"
+        )
+    # What the fixture for all tests touches, without torch.
+    for path, text in (("kernels/triton/tiles", "def user_directory(): ..."), ("dispatch/measured", "_SHIPPED = None")):
+        file = root / "vllm_accel" / f"{path}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+    for path in ("tests/conftest.py", "tests/run.py", "pyproject.toml"):
+        shutil.copy(ROOT / path, root / path)
+    return root
+
+
+def program(tree: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in the small tree."""
     env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "TEST_GROUP")}
-    env |= {name: x for name, x in (("TRITON_INTERPRET", interpret), ("TEST_GROUP", group)) if x is not None}
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
-    told = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
-    return {line.split("::")[0] for line in told.stdout.splitlines() if "::" in line}
+    env |= {"PYTHONPATH": str(tree), **environ}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize(
-    ("interpret", "group", "arguments", "files"),
+    ("environ", "arguments", "files"),
     [
-        ("1", None, (PLAIN, INTERPRETED, COMPILED), {INTERPRETED}),
-        (None, None, (INTERPRETED,), {INTERPRETED}),  # named alone, it needs no variable
-        (None, None, (PLAIN, INTERPRETED, COMPILED), {PLAIN, COMPILED}),
-        ("0", "others", (PLAIN, INTERPRETED, COMPILED), {PLAIN}),
-        ("0", "compiled", (PLAIN, INTERPRETED, COMPILED), {COMPILED}),
+        ({"TRITON_INTERPRET": "1"}, (), {INTERPRETED}),
+        ({"TRITON_INTERPRET": "1"}, (PLAIN, INTERPRETED, COMPILED), {INTERPRETED}),
+        ({}, (INTERPRETED,), {INTERPRETED}),  # named alone, it needs no variable
+        ({}, (PLAIN, INTERPRETED, COMPILED), {PLAIN, COMPILED}),
+        ({"TRITON_INTERPRET": "0", "TEST_GROUP": "others"}, (), {PLAIN}),
+        ({"TRITON_INTERPRET": "0", "TEST_GROUP": "others"}, (PLAIN, INTERPRETED, COMPILED), {PLAIN}),
+        ({"TRITON_INTERPRET": "0", "TEST_GROUP": "compiled"}, (), {COMPILED}),
     ],
 )
 def test_each_process_collects_its_own(
-    interpret: str | None, group: str | None, arguments: tuple[str, ...], files: set[str]
+    tree: Path, environ: dict[str, str], arguments: tuple[str, ...], files: set[str]
 ) -> None:
-    pytest.importorskip("triton")
-    assert collected(interpret, group, *arguments) == files
+    told = program(tree, "-m", "pytest", "--collect-only", "-q", *(arguments or ("tests",)), **environ)
+    assert {line.split("::")[0] for line in told.stdout.splitlines() if "::" in line} == files, told.stdout
 
 
-def test_every_group_reports() -> None:
-    """Run the program: the arguments reach all processes, and all report."""
-    arguments = ["-q", PLAIN, INTERPRETED, COMPILED, "-k", "exit_codes or every_patch or no_such_test"]
-    told = subprocess.run(
-        [sys.executable, "tests/run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert told.returncode == 0, told.stdout
+def test_every_group_reports(tree: Path) -> None:
+    """Run the program: the arguments reach all processes, each has its variable, and all report."""
+    told = program(tree, "tests/run.py", "-q", "-s", "-k", "plain or patches or no_such_test")
+    assert told.returncode == 0, told.stdout + told.stderr
     others, _, behind = told.stdout.partition(BEHIND["compiled"])
     compiled, _, interpreted = behind.partition(BEHIND["interpreted"])
-    assert "8 passed" in others
-    assert "deselected" in compiled
-    assert "1 passed" in interpreted
+    assert "1 passed" in others and "interprets 0" in others
+    assert "1 deselected" in compiled
+    assert "1 passed" in interpreted and "interprets 1" in interpreted
+
+
+def test_the_groups_are_of_real_files() -> None:
+    """What the small tree stands for: both directories, and the names by which a file is of the compiled ones."""
+    assert list((ROOT / "tests" / "interpreted").glob("test_*.py")) and list((ROOT / "tests").glob("test_*_compile.py"))

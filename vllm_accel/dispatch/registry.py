@@ -170,7 +170,7 @@ def get(op: str, name: str) -> Backend:
             backend = source.load()
         else:
             backend = source
-    except Exception as error:  # somebody else's module may raise anything
+    except (Exception, SystemExit) as error:  # somebody else's module may raise anything
         backend = Broken(name, error)
     with _lock:
         return _loaded.setdefault(key, backend)

@@ -119,7 +119,7 @@ def _judge(name: str, question: Question, current: Settings, *, asked: bool, eve
             return verdict(State.QUARANTINED, found)  # before its library is imported: that may be what fails
         try:
             missing, version = backend.unavailable_reason(), backend.version()
-        except Exception as error:  # somebody else's backend may raise anything
+        except (Exception, SystemExit) as error:  # somebody else's backend may raise anything
             missing = Reason("broken", f"its availability check failed: {type(error).__name__}: {error}")
         if missing:
             return verdict(State.UNAVAILABLE, missing)

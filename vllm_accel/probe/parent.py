@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,10 @@ from vllm_accel.dispatch.device import Device
 SECONDS = 120.0
 #: Without a sign of life for this long, an import hangs.
 CENSUS_SECONDS = 60.0
+#: Python and torch have to be there by then; this is not the backend's time.
+START_SECONDS = 60.0
+#: How often a child is looked at.
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +77,12 @@ def probe(
     """Run each backend on a device, each in a process of its own.
 
     Args:
-        names: (operation, backend). device: as torch names it. seconds: that one process may take.
+        names: (operation, backend). device: as torch names it. seconds: that one process may take once it has started.
         jobs: processes at once; more than one disturbs the times on a CPU. done: called after each one.
     """
 
     def one(name: tuple[str, str]) -> Outcome:
-        events, end = _child(device, [name], seconds)
+        events, end = _child(device, [name], seconds, per_event=False)
         outcome = _read(name, device, events, end)
         done(outcome)
         return outcome
@@ -87,11 +92,15 @@ def probe(
 
 
 def census(names: Sequence[tuple[str, str]], seconds: float = CENSUS_SECONDS) -> dict[tuple[str, str], str]:
-    """Import every backend in child processes and return those that end their process or do not come back, and how."""
+    """Import every backend in child processes and return those that end their process or do not come back, and how.
+
+    Args:
+        names: (operation, backend). seconds: without a sign of life; several slow imports may take longer together.
+    """
     fatal: dict[tuple[str, str], str] = {}
     left = list(names)
     while left:
-        events, end = _child("-", left, seconds)
+        events, end = _child("-", left, seconds, per_event=True)
         began = [(e["op"], e["name"]) for e in events if e["event"] == "begin"]
         ended = {(e["op"], e["name"]) for e in events if e["event"] == "end"}
         stuck = next((name for name in began if name not in ended), None)
@@ -102,7 +111,9 @@ def census(names: Sequence[tuple[str, str]], seconds: float = CENSUS_SECONDS) ->
     return fatal
 
 
-def _child(device: str, names: Iterable[tuple[str, str]], seconds: float) -> tuple[list[dict[str, Any]], str]:
+def _child(
+    device: str, names: Iterable[tuple[str, str]], seconds: float, *, per_event: bool
+) -> tuple[list[dict[str, Any]], str]:
     """Run a child and return its events and how it ended, "" if all is told."""
     with tempfile.TemporaryDirectory(prefix="vllm-accel-probe-") as folder:
         path = Path(folder) / "events"
@@ -113,13 +124,28 @@ def _child(device: str, names: Iterable[tuple[str, str]], seconds: float) -> tup
                 start_new_session=True,
             )  # fmt: skip
             try:
-                code = child.wait(timeout=seconds)
-                end = "" if code == 0 else _ending(code, output)
-            except subprocess.TimeoutExpired:
-                end = f"no answer within {seconds:g} s"
+                code, limit = _wait(child, path, seconds, per_event)
+                end = f"no answer within {limit:g} s" if code is None else "" if code == 0 else _ending(code, output)
             finally:
                 _kill(child)
         return _events(path), end
+
+
+def _wait(child: subprocess.Popen[bytes], path: Path, seconds: float, per_event: bool) -> tuple[int | None, float]:
+    """Wait until a child ends, at most `seconds` from its first event, or from its last one.
+
+    Returns:
+        Its exit code, None if it has not ended; and the limit that counted.
+    """
+    told, limit, deadline = 0, START_SECONDS, time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=_POLL_SECONDS), limit
+        size = path.stat().st_size if path.exists() else 0
+        if size > told and (per_event or not told):
+            limit, deadline = seconds, time.monotonic() + seconds
+        told = size
+    return None, limit
 
 
 def _environment() -> dict[str, str]:
