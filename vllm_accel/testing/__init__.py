@@ -9,12 +9,13 @@
 from vllm_accel.testing.cases import CASES, Case
 from vllm_accel.testing.cases_gemm import GEMM_CASES, GemmCase
 from vllm_accel.testing.cases_paged import PAGED_CASES, PagedCase
-from vllm_accel.testing.conformance import Outcome, check_backend, check_call, kernel_call
+from vllm_accel.testing.conformance import check_backend, check_call, kernel_call
 from vllm_accel.testing.conformance_gemm import check_gemm_backend, check_gemm_call, gemm_kernel_call
 from vllm_accel.testing.conformance_paged import check_paged_backend, check_paged_call, paged_kernel_call
 from vllm_accel.testing.oracle import attention_oracle, attention_paged_oracle, attention_varlen_oracle
 from vllm_accel.testing.oracle_gemm import product_oracle
 from vllm_accel.testing.oracle_moe import moe_oracle
+from vllm_accel.testing.outcome import Outcome
 
 __all__ = [
     "CASES",

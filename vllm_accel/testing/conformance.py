@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from vllm_accel.dispatch.backend import Backend
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.guard import tensor_guard
 from vllm_accel.dispatch.plan import Plan
-from vllm_accel.errors import Reason, UnsupportedCallError
 from vllm_accel.ops import run
 from vllm_accel.ops.arguments import Options, describe
 from vllm_accel.ops.extras import Extras, needs_grad, with_four_dims
@@ -25,17 +23,10 @@ from vllm_accel.testing.oracle import (
     plain_attention,
     plain_attention_varlen,
 )
+from vllm_accel.testing.outcome import Outcome, bound, outcome_of
 from vllm_accel.testing.tolerance import assert_close, assert_grad_close, assert_lse_close
 
 _NOT_MATHS = ("deterministic", "batch_invariant", "max_seqlen_q", "max_seqlen_k")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a check found: the backend ran the case and was right, or refused it for these reasons."""
-
-    ran: bool
-    reasons: tuple[Reason, ...] = ()
 
 
 def check_backend(
@@ -59,14 +50,8 @@ def check_backend(
         AssertionError: a wrong number, shape, dtype, a NaN, or a missing gradient.
     """
     target = device or devices.detect(torch.device(where))
-    try:
-        check_call(kernel_call(backend, target), case, dtype=dtype, where=where, seed=seed)
-    except UnsupportedCallError as refusal:
-        reasons = refusal.reasons.get(backend.name, ())
-        if not reasons:
-            raise AssertionError(f"{backend.name} refuses {case.name} without a reason") from refusal
-        return Outcome(False, reasons)
-    return Outcome(True)
+    call = kernel_call(backend, target)
+    return outcome_of(backend, case.name, lambda: check_call(call, case, dtype=dtype, where=where, seed=seed))
 
 
 def kernel_call(backend: Backend, device: Device) -> Callable[..., Any]:
@@ -87,11 +72,7 @@ def kernel_call(backend: Backend, device: Device) -> Callable[..., Any]:
         grad = needs_grad(q, k, v, extras)
         described = describe(q, k, v, extras, options, kwargs.get("max_seqlen_q"), kwargs.get("max_seqlen_k"), grad)
         spec = run.FAMILY.make_spec(described.kind)
-        reasons = backend.capability.unsupported_reasons(spec, device)
-        reasons += backend.capability.guard_reasons(spec, described.sizes)
-        if reasons:
-            raise UnsupportedCallError(f"{backend.name} cannot run {spec}", {backend.name: reasons})
-        kernel = backend.bind(spec, device)
+        kernel = bound(backend, spec, described.sizes, device)
         plan = Plan(
             check=tensor_guard(q, k, v), forward=kernel.forward, args=described.args, direct=False, grad=bool(grad),
             copies=True, kernel=kernel, backend=backend.name, spec=spec, device=device, explicit=True,

@@ -11,12 +11,11 @@ from torch import Tensor
 from vllm_accel.dispatch import device as devices
 from vllm_accel.dispatch.backend import Backend
 from vllm_accel.dispatch.device import Device
-from vllm_accel.errors import UnsupportedCallError
 from vllm_accel.ops import gemm as gemm_ops
 from vllm_accel.ops.gemm_arguments import describe, spec_of
 from vllm_accel.testing.cases_gemm import GemmCase, GemmInputs
-from vllm_accel.testing.conformance import Outcome
 from vllm_accel.testing.oracle_gemm import product_oracle
+from vllm_accel.testing.outcome import Outcome, bound, outcome_of
 from vllm_accel.testing.tolerance import assert_close, assert_grad_close
 
 _OPTIONS = ("deterministic", "batch_invariant", "out_dtype", "output_dtype")
@@ -54,14 +53,12 @@ def check_gemm_backend(
         AssertionError: a wrong number, shape or dtype, or a refusal without a reason.
     """
     target = device or devices.detect(torch.device(where))
-    try:
-        check_gemm_call(gemm_kernel_call(backend, target, case), case, dtype=dtype, where=where, seed=seed, grad=False)
-    except UnsupportedCallError as refusal:
-        reasons = refusal.reasons.get(backend.name, ())
-        if not reasons:
-            raise AssertionError(f"{backend.name} refuses {case.name} without a reason") from refusal
-        return Outcome(False, reasons)
-    return Outcome(True)
+    call = gemm_kernel_call(backend, target, case)
+
+    def check() -> None:
+        check_gemm_call(call, case, dtype=dtype, where=where, seed=seed, grad=False)
+
+    return outcome_of(backend, case.name, check)
 
 
 def gemm_kernel_call(backend: Backend, device: Device, case: GemmCase) -> Callable[..., Tensor]:
@@ -78,11 +75,7 @@ def gemm_kernel_call(backend: Backend, device: Device, case: GemmCase) -> Callab
         args, options = gemm_ops.arguments(a=a, b=b, **{**given, **kwargs})
         described = describe(a, b, args, options, False)
         spec = spec_of(described.kind)
-        reasons = backend.capability.unsupported_reasons(spec, device)
-        reasons += backend.capability.guard_reasons(spec, described.sizes)
-        if reasons:
-            raise UnsupportedCallError(f"{backend.name} cannot run {spec}", {backend.name: reasons})
-        out: Tensor = backend.bind(spec, device).forward(a, b, args)
+        out: Tensor = bound(backend, spec, described.sizes, device).forward(a, b, args)
         return out
 
     return call

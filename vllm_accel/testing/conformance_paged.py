@@ -13,12 +13,11 @@ from vllm_accel.dispatch.backend import Backend
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.guard import tensor_guard
 from vllm_accel.dispatch.plan import Plan
-from vllm_accel.errors import UnsupportedCallError
 from vllm_accel.ops import paged_run, run
 from vllm_accel.ops.paged_arguments import PagedOptions, PagedTensors, describe_paged
 from vllm_accel.testing.cases_paged import PagedCase, PagedInputs
-from vllm_accel.testing.conformance import Outcome
 from vllm_accel.testing.oracle import attention_paged_oracle, plain_attention_paged
+from vllm_accel.testing.outcome import Outcome, bound, outcome_of
 from vllm_accel.testing.tolerance import assert_close, assert_lse_close
 
 _NOT_MATHS = ("deterministic", "batch_invariant", "finite_tail", "max_seqlen_q", "max_seqlen_k")
@@ -47,14 +46,8 @@ def check_paged_backend(
         AssertionError: a wrong number, shape or dtype, a NaN, or a cache that the call changed.
     """
     target = device or devices.detect(torch.device(where))
-    try:
-        check_paged_call(paged_kernel_call(backend, target), case, dtype=dtype, where=where, seed=seed)
-    except UnsupportedCallError as refusal:
-        reasons = refusal.reasons.get(backend.name, ())
-        if not reasons:
-            raise AssertionError(f"{backend.name} refuses {case.name} without a reason") from refusal
-        return Outcome(False, reasons)
-    return Outcome(True)
+    call = paged_kernel_call(backend, target)
+    return outcome_of(backend, case.name, lambda: check_paged_call(call, case, dtype=dtype, where=where, seed=seed))
 
 
 def paged_kernel_call(backend: Backend, device: Device) -> Callable[..., Any]:
@@ -69,11 +62,7 @@ def paged_kernel_call(backend: Backend, device: Device) -> Callable[..., Any]:
         tensors = PagedTensors(**{name: kwargs.get(name) for name in PagedTensors._fields})  # type: ignore[arg-type]
         described = describe_paged(q, k_cache, v_cache, tensors, options)
         spec = run.FAMILY.make_spec(described.kind)
-        reasons = backend.capability.unsupported_reasons(spec, device)
-        reasons += backend.capability.guard_reasons(spec, described.sizes)
-        if reasons:
-            raise UnsupportedCallError(f"{backend.name} cannot run {spec}", {backend.name: reasons})
-        kernel = backend.bind(spec, device)
+        kernel = bound(backend, spec, described.sizes, device)
         plan = Plan(
             check=tensor_guard(q), forward=kernel.forward, args=described.values, direct=False, grad=False,
             copies=q.stride(-1) != 1, kernel=kernel, backend=backend.name, spec=spec, device=device, explicit=True,
