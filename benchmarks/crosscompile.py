@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.sass_flow import bad_descriptors
+from benchmarks.sass_flow import bad_descriptors, overwritten_inputs
 
 if TYPE_CHECKING:
     from vllm_accel.kernels.triton.launch import Launch
@@ -102,7 +102,7 @@ def compile_launch(launch: Launch, arch: str, **options: Any) -> Compiled:
     given: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **options}
     if launch.maxnreg and target.backend == "cuda":
         given["maxnreg"] = launch.maxnreg
-    with assembling(fn, target) as more:
+    with assembling(launch.constexprs, target) as more:
         # The steps of JITFunction.run between its look at the device and its launch.
         bind = create_function_from_signature(fn.signature, fn.params, backend)
         bound, specialization, rest = bind(*launch.args, **launch.constexprs, **given, **more, debug=False)
@@ -135,6 +135,8 @@ def assert_fits(
     if arch == "sm_90":
         bad = bad_descriptors(compiled.sass)
         assert not bad, f"{compiled}: products read shared memory at random: {bad}"
+        bad = overwritten_inputs(compiled.sass)
+        assert not bad, f"{compiled}: inputs of products are overwritten: {bad}"
     if tensor_cores:
         assert any(compiled.instructions[op] for op in TENSOR_CORES), f"{compiled}"
     if blocks > 1:

@@ -1,4 +1,4 @@
-"""Whether the descriptors of Hopper's matrix products point into the block's shared memory, read off a disassembly.
+"""Whether Hopper's matrix products read what they should, seen in a disassembly: two faults of ptxas.
 
 A wgmma reads its operands where descriptors say, which are in uniform registers. Their low word is an address in shared
 memory, so it is made of the address where that begins (a special register tells it) and of offsets. ptxas 12.8 makes
@@ -32,6 +32,14 @@ class _Instruction(NamedTuple):
         wide = 2 if re.search(r"\.(?:64|WIDE)\b", self.opcode) else 4 if ".128" in self.opcode else 1
         return 0 <= register - int(found[1]) < wide
 
+    def vectors(self) -> range:
+        """Return the vector registers that are the destination (of an instruction that has one)."""
+        operands = self.operands[1:] if self.operands and re.match(r"!?U?P[0-9T]", self.operands[0]) else self.operands
+        found = re.match(r"R(\d+)\b", operands[0]) if operands else None
+        size = re.search(r"\.(64|128|WIDE)\b", self.opcode)
+        width = {"64": 2, "WIDE": 2, "128": 4}[size[1]] if size else 1
+        return range(int(found[1]), int(found[1]) + width) if found else range(0)
+
     def reads(self) -> set[int]:
         """Return the uniform registers among the sources."""
         read: set[int] = set()
@@ -52,6 +60,33 @@ def bad_descriptors(sass: str) -> list[str]:
                 wanted += [(at, low) for low in ((first + 2,) if from_registers else (first, first + 2))]
     sound = flow.addresses(wanted)
     return [f"{flow.code[at].address} {flow.code[at].opcode} UR{low}" for at, low in wanted if not sound(at, low)]
+
+
+def overwritten_inputs(sass: str) -> list[str]:
+    """Return a line for each wgmma whose register input is written to while it may still be read; none is well.
+
+    ptxas 12.9 does so to some (fixed in 13.3 according to CUDA's release notes). Looked for from each product to the
+    wait for it, or to the end of the straight code.
+    """
+    code, _ = _graph(sass)
+    found = []
+    for at, (address, _, opcode, operands) in enumerate(code):
+        inputs = re.match(r"R(\d+)", operands[1]) if re.match(r"[HQI]GMMA\b", opcode) else None
+        if inputs is None:
+            continue
+        read = range(int(inputs[1]), int(inputs[1]) + 4)
+        later = 0 if "gsb0" in operands else -1  # groups that were committed after this product's
+        for writer in code[at + 1 :]:
+            if writer.opcode.startswith(("BRA", "BRX", "EXIT")):
+                break
+            if "GMMA" in writer.opcode:
+                later += "gsb0" in writer.operands
+            elif writer.opcode.startswith("WARPGROUP.DEPBAR"):
+                if later >= int(writer.operands[-1], 16):
+                    break
+            elif not writer.opcode.startswith(("ST", "RED")) and not set(read).isdisjoint(writer.vectors()):
+                found.append(f"{address} {opcode}: {writer.address} {writer.opcode} writes R{min(writer.vectors())}")
+    return found
 
 
 class _Flow:

@@ -136,7 +136,7 @@ LAUNCHES = {
 def test_the_launch_is_compiled_as_triton_would(name: str) -> None:
     launch = LAUNCHES[name]
     options = {**launch.constexprs, **compile_options(launch)}
-    with assembling(launch.fn, GPUTarget("cuda", 90, 32)) as more:
+    with assembling(launch.constexprs, GPUTarget("cuda", 90, 32)) as more:
         told = launch.fn.warmup(*launch.args, grid=launch.grid, **options, **more)
     made = compile_launch(launch, "sm_90")
     assert made.ptx == told.asm["ptx"]

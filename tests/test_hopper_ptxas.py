@@ -24,12 +24,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.crosscompile import assemble
-from benchmarks.sass_flow import bad_descriptors
+from benchmarks.sass_flow import bad_descriptors, overwritten_inputs
 from crosscompile import assert_fits, compile_launch
 from vllm_accel.backends.triton import BACKEND
 from vllm_accel.dispatch.device import PRESETS
 from vllm_accel.dispatch.spec import Feature
-from vllm_accel.kernels.gluon.forward_sm90 import attention_forward as gluon_forward
 from vllm_accel.kernels.triton import launch, toolchain
 from vllm_accel.kernels.triton.assembling import assembling
 from vllm_accel.kernels.triton.forward import attention_forward
@@ -37,6 +36,7 @@ from vllm_accel.testing import CASES, PAGED_CASES
 from vllm_accel.testing.conformance import kernel_call
 from vllm_accel.testing.conformance_paged import paged_kernel_call
 
+LARGE = {"D": 64, "SOFTCAP": True}
 HOPPER, AMPERE = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 80, 32)
 OLD = re.compile(r"^\.version \d+\.\d+", re.MULTILINE)
 
@@ -106,8 +106,8 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str]
     return put
 
 
-def _release_in(target: GPUTarget, fn: Any = attention_forward) -> tuple[str, dict[str, int]]:
-    with assembling(fn, target) as options:
+def _release_in(target: GPUTarget, **constexprs: Any) -> tuple[str, dict[str, int]]:
+    with assembling(constexprs or LARGE, target) as options:
         return triton.knobs.nvidia.ptxas.version, options
 
 
@@ -116,7 +116,10 @@ def test_hopper_takes_the_other_ptxas(pair) -> None:
     assert _release_in(HOPPER) == ("12.9", {"ptx_version": 88})
     assert _release_in(AMPERE) == ("12.8", {})
     assert _release_in(GPUTarget("hip", "gfx942", 64)) == ("12.8", {})
-    assert _release_in(HOPPER, gluon_forward) == ("12.8", {})
+    for plain in ({"D": 64, "LEFT": False, "SOFTCAP": False, "ALIBI": 0, "BIAS": 0}, {"CAUSAL": True, "BN": 128}):
+        assert _release_in(HOPPER, **plain) == ("12.8", {})
+    for option in ("LEFT", "SOFTCAP", "ALIBI", "BIAS"):
+        assert _release_in(HOPPER, D=64, **{option: 1}) == ("12.9", {"ptx_version": 88})
     assert triton.knobs.nvidia.ptxas.path == ptxas
     assert not [p for p in toolchain.problems("sm_90") if p.code == "ptxas"]
 
@@ -131,8 +134,8 @@ def test_a_launch_is_assembled_so(target: GPUTarget, options: dict[str, int], pa
 
     monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: target))
     monkeypatch.setattr(triton.runtime.JITFunction, "run", told)
-    launch.run(launch.Launch(attention_forward, (1, 1, 1), (), {"D": 64}, 4, 2, 0))
-    assert seen == [({"D": 64, "num_warps": 4, "num_stages": 2, **options}, "12.9" if options else "12.8")]
+    launch.run(launch.Launch(attention_forward, (1, 1, 1), (), LARGE, 4, 2, 0))
+    assert seen == [({**LARGE, "num_warps": 4, "num_stages": 2, **options}, "12.9" if options else "12.8")]
 
 
 @pytest.mark.parametrize("release", ["12.6", "12.9", "13.0"])
@@ -161,9 +164,54 @@ def test_threads_that_compile_at_once_all_take_it(pair) -> None:
 
     thread = threading.Thread(target=other)
     thread.start()
-    with assembling(attention_forward, HOPPER):
+    with assembling(LARGE, HOPPER):
         inside.set()
         thread.join(0.3)
         assert not seen, "it has to wait"
     thread.join(10)
     assert seen == [("12.9", {"ptx_version": 88})]
+
+
+# --- the looks at machine code ---------------------------------------------------------------------------------------
+
+SOUND = """
+        /*0000*/                   UMOV UR4, 0x400 ;
+        /*0010*/                   S2UR UR5, SR_CgaCtaId ;
+        /*0020*/                   ULEA UR4, UR5, UR4, 0x18 ;
+        /*0030*/                   UIADD3 UR10, UR4, 0x4000, URZ ;
+.L_x_0:
+        /*0040*/                   UMOV UR11, 0x80000020 ;
+        /*0050*/                   F2FP.F16.F32.PACK_AB R24, R48, R41 ;
+        /*0060*/                   HGMMA.64x32x16.F32 R56, R24, gdesc[UR8].tnspB, R56, gsb0 ;
+        /*0070*/                   FADD R28, R28, R29 ;
+        /*0080*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0090*/                   FADD R24, R24, R25 ;
+        /*00a0*/              @!P3 BRA `(.L_x_0) ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+def test_a_sound_listing_has_nothing_to_tell() -> None:
+    assert bad_descriptors(SOUND) == overwritten_inputs(SOUND) == []
+
+
+@pytest.mark.parametrize(
+    "low",
+    ["ULDC.64 UR10, c[0x0][0x270]", "UIADD3 UR10, UR12, 0x40, URZ", "@P0 UIADD3 UR10, UR4, 0x4000, URZ"],
+    ids=["parameter", "nothing", "not on every way"],
+)
+def test_descriptors_of_anything_else_are_told(low: str) -> None:
+    listing = SOUND.replace("UIADD3 UR10, UR4, 0x4000, URZ", low)
+    assert bad_descriptors(listing) == ["0060 HGMMA.64x32x16.F32 UR10"]
+    both = listing.replace("R24, gdesc", "gdesc")  # A from shared memory too, by a descriptor that nothing set
+    assert bad_descriptors(both) == ["0060 HGMMA.64x32x16.F32 UR8", "0060 HGMMA.64x32x16.F32 UR10"]
+
+
+@pytest.mark.parametrize("writer", ["FADD R27, R28, R29", "LDS.128 R24, [R2]", "SHFL.BFLY PT, R26, R8, 0x2, 0x1f"])
+def test_inputs_written_before_the_wait_are_told(writer: str) -> None:
+    (told,) = overwritten_inputs(SOUND.replace("FADD R28, R28, R29", writer))
+    assert told.startswith("0060 HGMMA.64x32x16.F32: 0070")
+    later = SOUND.replace("FADD R24, R24, R25", writer)  # after the wait
+    assert overwritten_inputs(later) == []
+    one_pending = SOUND.replace("gsb0, 0x0", "gsb0, 0x1")  # leaves the last group to run
+    assert len(overwritten_inputs(one_pending)) == 1

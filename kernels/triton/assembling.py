@@ -1,39 +1,43 @@
-"""Which ptxas assembles a kernel: Triton's own, but for Hopper not the one of CUDA 12.8.
+"""Which ptxas assembles a kernel: Triton's own, but for large kernels on Hopper not the one of CUDA 12.8.
 
 That ptxas (12.8.61 and 12.8.93, which Triton 3.6 and 3.7 bring) forgets in large kernels that it has given a uniform
 register to something else, and makes the descriptor of a later wgmma from it: the product then reads shared memory from
 anywhere, and numbers are wrong or the access is illegal. The same PTX assembled by 12.4 to 12.6, 12.9 and 13 is right.
-Triton carries 12.9 beside it, for Blackwell; `toolchain.hopper_ptxas` finds it. docs/triton.md has the evidence.
+Triton carries a newer one beside it, for Blackwell; `toolchain.hopper_ptxas` finds it. docs/triton.md has the evidence.
 
-Kernels in Gluon keep Triton's own: they are few, the tests look at the descriptors of each, and 12.9 spills more there.
+Kernels without options keep Triton's own, by which they were measured: they are few, the tests look at the descriptors
+of each, and the 13.1 of Triton 3.7 spills more in those that take all registers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from triton import knobs
 from triton.backends.nvidia import compiler
 from vllm_accel.kernels.triton import toolchain
 
+#: Constexprs of the attention kernels that make them large.
+_OPTIONS = ("LEFT", "SOFTCAP", "ALIBI", "BIAS")
+
 #: The choice is a setting of the process: one thread at a time has it changed.
 _changed = threading.RLock()
 
 
 @contextlib.contextmanager
-def assembling(fn: Any, target: Any) -> Iterator[dict[str, int]]:
-    """Let Triton take a sound ptxas meanwhile.
+def assembling(constexprs: Mapping[str, Any], target: Any) -> Iterator[dict[str, int]]:
+    """Let Triton take a sound ptxas meanwhile, where its own is not to be trusted.
 
     Args:
-        fn: the kernel, a JITFunction. target: the GPUTarget that it is compiled for.
+        constexprs: of the kernel. target: the GPUTarget that it is compiled for.
 
     Yields:
         further options of the compiler, which keep the kernel apart in Triton's caches from what another ptxas made.
     """
-    if target.backend != "cuda" or target.arch != 90 or fn.is_gluon():
+    if target.backend != "cuda" or target.arch != 90 or not any(map(constexprs.get, _OPTIONS)):
         yield {}
         return
     with contextlib.ExitStack() as stack:

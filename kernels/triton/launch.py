@@ -61,7 +61,7 @@ def run(launch: Launch) -> Any:
     options = {**launch.constexprs, **compile_options(launch)}
     if not isinstance(launch.fn, triton.runtime.JITFunction):
         return launch.fn[launch.grid](*launch.args, **options)
-    with assembling(launch.fn, triton.runtime.driver.active.get_current_target()) as more:
+    with assembling(launch.constexprs, triton.runtime.driver.active.get_current_target()) as more:
         return launch.fn[launch.grid](*launch.args, **options, **more)
 
 
