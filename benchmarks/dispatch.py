@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks import contest, dispatch_contests, machine, trivial
+from benchmarks import contest, dispatch_contests, dispatch_products, machine, trivial
 from benchmarks.contest import Comparison, Contest
 
 
@@ -76,6 +76,7 @@ def sections(device: torch.device, rounds: int, quick: bool) -> list[Section]:
     decode += [Row("growing over the kernel alone", "growing", "direct")]
     miss = [Row("new length, known bucket", "attention", "direct", 8.0)]
     options = [Row(f"exact hit: {name}", name, f"direct {name}") for name in kinds[3:]]
+    products = [Row(f"exact hit: {n}", n, f"direct {n}", us) for n, us in dispatch_products.BOUNDS.items()]
     nothing = [Row("exact hit", "attention", "direct", 1.5)]
     nothing += [Row(f"exact hit: {name}", name, "direct") for name in kinds]
     lengths, steps = (32, 20) if quick else (60, 500)
@@ -90,6 +91,7 @@ def sections(device: torch.device, rounds: int, quick: bool) -> list[Section]:
     return [
         section("real kernel", hits, rounds, c.exact_hit),
         section("real kernel, optional tensors", options, rounds, c.with_options),
+        section("real kernel, products", products, rounds, dispatch_products.products),
         section("real kernel, gradients", gradient, rounds, c.gradients),
         section(f"real kernel, torch.compile ({compiler})", [Row("compiled", "attention", "sdpa by hand")], rounds,
                 c.compiled, compiler),

@@ -49,7 +49,7 @@ def test_dispatch_measures_everything(dispatch: tuple[str, dict[str, Any]]) -> N
         assert title in printed and row["name"] in printed
         if not row["error"]:
             assert 0 < row["result"]["base"] < row["result"]["ours"] * 20, row
-    assert {row["bound"] for _, row in rows if row["bound"] and not row["goal"]} == {1.3, 1.5, 8.0}
+    assert {row["bound"] for _, row in rows if row["bound"] and not row["goal"]} == {1.3, 1.5, 2.5, 4.0, 5.0, 8.0}
     assert {row["bound"] for _, row in rows if row["goal"]} == {1.0}
     assert any(row["shows"] == "ratio" for _, row in rows)
 

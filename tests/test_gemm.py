@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_accel import State, backends, explain, gemm, grouped_gemm, scaled_gemm, use_backend
+from vllm_accel import State, backends, explain, gemm, grouped_gemm, quantize_fp8, scaled_gemm, use_backend
+from vllm_accel.dispatch import plan, quarantine
 from vllm_accel.dispatch.gemm_spec import GemmSpec
+from vllm_accel.ops import gemm_run
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -99,3 +101,50 @@ def test_wrong_scales_are_errors_before_any_launch() -> None:
         with pytest.raises(error, match=text):
             scaled_gemm(**{**given, **change})
     assert not scaled_gemm(**given).any()
+
+
+def test_a_second_call_takes_its_plan_and_still_looks() -> None:
+    plan.invalidate()
+    a, b, offs = torch.randn(6, 8), torch.randn(2, 8, 8), torch.tensor([2, 6], dtype=torch.int32)
+    want = torch.cat([a[:2] @ b[0], a[2:] @ b[1]])
+    for _ in range(2):
+        torch.testing.assert_close(grouped_gemm(a, b, offs), want)
+        torch.testing.assert_close(gemm(a, b[0], backend=["cpu", "reference"]), a @ b[0])
+    assert len(gemm_run.PLANS) == 2
+    with pytest.raises(ValueError, match="must not go down"):
+        grouped_gemm(a, b, offs.flip(0))
+    wide = torch.tensor([2, 0, 6, 0], dtype=torch.int32)[::2]
+    torch.testing.assert_close(grouped_gemm(a, b, wide), want)
+    with use_backend(gemm="reference"):
+        gemm(a, b[0])
+    assert [p.backend for p in gemm_run.PLANS.last.values()] == ["cpu", "cpu", "reference"]
+    (a8, of_a), (b8, of_b) = quantize_fp8(a, scaling="row"), quantize_fp8(b[0], scaling="row")
+    first = scaled_gemm(a8, b8.t(), of_a, ["row"], of_b, "ROW")
+    for factors in (of_b, of_b.unsqueeze(0), of_b, of_b.unsqueeze(0)):
+        assert torch.equal(scaled_gemm(a8, b8.t(), of_a, "row", factors, "row"), first)
+    plan.invalidate()
+
+
+@pytest.mark.parametrize("name", ["gemm", "grouped_gemm", "scaled_gemm"])
+def test_a_plan_that_fails_on_a_hit_is_left(name: str) -> None:
+    a, b, offs = torch.randn(6, 8), torch.randn(2, 8, 8), torch.tensor([2, 6], dtype=torch.int32)
+    (a8, of_a), (b8, of_b) = quantize_fp8(a, scaling="row"), quantize_fp8(b[0], scaling="row")
+    call = {
+        "gemm": lambda: gemm(a, b[0]), "grouped_gemm": lambda: grouped_gemm(a, b, offs),
+        "scaled_gemm": lambda: scaled_gemm(a8, b8.t(), of_a, "row", of_b, "row", output_dtype=torch.float32),
+    }[name]  # fmt: skip
+    plan.invalidate()
+    want = call()
+    (made,) = gemm_run.PLANS.last.values()
+
+    def fails(*given: object) -> torch.Tensor:
+        raise RuntimeError("a launch that failed")
+
+    made.forward = fails
+    try:
+        torch.testing.assert_close(call(), want)
+        (now,) = gemm_run.PLANS.last.values()
+        assert now.backend != made.backend
+    finally:
+        quarantine.release()
+        plan.invalidate()

@@ -7,14 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from vllm_accel.dispatch import override
 from vllm_accel.dispatch.backend import GemmArgs
 from vllm_accel.dispatch.gemm_spec import Form, Scaling
+from vllm_accel.dispatch.plan import Plan
 from vllm_accel.ops import gemm_compiled
 from vllm_accel.ops.gemm_arguments import GemmOptions, canonical_scale, form_of, scaling_of
-from vllm_accel.ops.gemm_run import needs_grad, product
+from vllm_accel.ops.gemm_run import PLANS, needs_grad, product
+from vllm_accel.ops.run import may_fall_back
 
+# Bound once: each of these is looked up on every call.
+_last_plan = PLANS.last.get
+_overridden = override.variable("gemm").get
+_grad_enabled = torch.is_grad_enabled
 _tracing = torch.compiler.is_compiling
+_new = tuple.__new__
+_NO_ARGS = GemmArgs()
 Backend = str | Sequence[str] | None
 
 
@@ -45,8 +55,20 @@ def gemm(
         ValueError, TypeError: wrong shapes, dtypes or devices, before any launch.
         UnsupportedCallError, BackendUnavailableError: as `attention`.
     """
+    key: Any = None
+    args = _NO_ARGS if bias is None else _new(GemmArgs, (None, bias, None, None, False))
+    if not _tracing():
+        key = ("gemm", out_dtype, deterministic, batch_invariant, backend, _overridden(), _grad_enabled(), bias is None)
+        plan = _hit(key, a, b) if bias is None else _hit(key, a, b, bias)
+        if plan is not None:
+            try:
+                out: Tensor = plan.forward(a, b, args)
+                return out
+            except Exception as error:
+                if not may_fall_back(plan, error, "gemm"):
+                    raise
     options = GemmOptions(Form.DENSE, Scaling.NONE, Scaling.NONE, out_dtype, deterministic, batch_invariant)
-    return _run(a, b, GemmArgs(None, bias), options, backend)
+    return _run(a, b, args, options, backend, key)
 
 
 def grouped_gemm(
@@ -77,8 +99,25 @@ def grouped_gemm(
         ValueError, TypeError: wrong shapes, dtypes or devices, before any launch. The values of offs are checked when
         they are on the CPU, on a GPU with VLLM_ACCEL_CHECK=1. The others: as `gemm`.
     """
+    key: Any = None
+    if not _tracing():
+        key = (
+            "grouped_gemm", out_dtype, deterministic, batch_invariant, backend, _overridden(), _grad_enabled(),
+            offs is None, bias is None,
+        )  # fmt: skip
+        if bias is None:
+            plan = _hit(key, a, b) if offs is None else _hit(key, a, b, offs)
+        else:
+            plan = _hit(key, a, b, bias) if offs is None else _hit(key, a, b, offs, bias)
+        if plan is not None:
+            try:
+                out: Tensor = plan.forward(a, b, _new(GemmArgs, (offs, bias, None, None, False)))
+                return out
+            except Exception as error:
+                if not may_fall_back(plan, error, "gemm"):
+                    raise
     options = GemmOptions(form_of(a, b), Scaling.NONE, Scaling.NONE, out_dtype, deterministic, batch_invariant)
-    return _run(a, b, GemmArgs(_contiguous(offs), bias), options, backend)
+    return _run(a, b, GemmArgs(_contiguous(offs), bias), options, backend, key)
 
 
 def scaled_gemm(
@@ -113,12 +152,32 @@ def scaled_gemm(
     Raises:
         NotImplementedError: an argument requires a gradient. The others: as `grouped_gemm`.
     """
+    key: Any = None
+    if not _tracing():
+        key = (
+            "scaled_gemm", scale_recipe_a, scale_recipe_b, output_dtype, deterministic, batch_invariant, backend,
+            _overridden(), _grad_enabled(), offs is None, bias is None,
+        )  # fmt: skip
+        # Factors that fit here have the shapes that kernels see: nothing is left to bring into form.
+        if offs is None:
+            plan = _hit(key, a, b, scale_a, scale_b) if bias is None else _hit(key, a, b, bias, scale_a, scale_b)
+        elif bias is None:
+            plan = _hit(key, a, b, offs, scale_a, scale_b)
+        else:
+            plan = _hit(key, a, b, offs, bias, scale_a, scale_b)
+        if plan is not None:
+            try:
+                out: Tensor = plan.forward(a, b, _new(GemmArgs, (offs, bias, scale_a, scale_b, False)))
+                return out
+            except Exception as error:
+                if not may_fall_back(plan, error, "gemm"):
+                    raise
     args, options = scaled_arguments(
         a, b, scale_a, scale_recipe_a, scale_b, scale_recipe_b, bias, offs, output_dtype, deterministic, batch_invariant
     )
     if needs_grad(bias, args.scale_a, args.scale_b):
         raise NotImplementedError("scaled_gemm has no derivative; detach() the bias and the factors")
-    return _run(a, b, args, options, backend)
+    return _run(a, b, args, options, backend, key)
 
 
 def scaled_arguments(
@@ -160,10 +219,25 @@ def arguments(**given: Any) -> tuple[GemmArgs, GemmOptions]:
     return args, GemmOptions(form, Scaling.NONE, Scaling.NONE, *flags)
 
 
-def _run(a: Tensor, b: Tensor, args: GemmArgs, options: GemmOptions, backend: Backend) -> Tensor:
-    if _tracing():
+def _hit(key: Any, *tensors: Any) -> Plan | None:
+    """Return the last plan of a kind of call if it is for these tensors and leaves nothing to do but to run it."""
+    try:
+        plan = _last_plan(key)
+        if plan is not None and plan.direct and plan.check(*tensors) and forward_ad._current_level < 0:
+            return plan
+    except (AttributeError, TypeError, RuntimeError):  # a list of backends, or not plain tensors: named later
+        pass
+    return None
+
+
+def _run(a: Tensor, b: Tensor, args: GemmArgs, options: GemmOptions, backend: Backend, key: Any) -> Tensor:
+    if key is None:
         return gemm_compiled.product(a, b, args, options, backend)
-    return product(a, b, args, options, tuple(backend) if isinstance(backend, list) else backend)
+    try:
+        hash(key)
+    except TypeError:  # a list of backends or recipes
+        key = None
+    return product(a, b, args, options, tuple(backend) if isinstance(backend, list) else backend, key=key)
 
 
 def _contiguous(offs: Tensor | None) -> Tensor | None:

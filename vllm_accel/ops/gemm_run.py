@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,17 +58,22 @@ def bound_to(
     return choose(family, described.kind, device, asked, asked_by, described.sizes, capturing)
 
 
-def product(a: Tensor, b: Tensor, args: GemmArgs, options: GemmOptions, backend: Any, checked: bool = False) -> Tensor:
+def product(
+    a: Tensor, b: Tensor, args: GemmArgs, options: GemmOptions, backend: Any, checked: bool = False, key: Any = None
+) -> Tensor:
     """Run a product of eager tensors.
 
     Args:
         a, b, args: tensors. options, backend: hashable. checked: the values of offs are known to be in order.
+        key: under which a plan is kept; it says as much as options, backend, and which tensors are given.
 
     Raises:
         ValueError, TypeError: a wrong argument. UnsupportedCallError, BackendUnavailableError: nothing can run it.
     """
+    if key is None:
+        key = _key(args, options, backend, checked, _grad_enabled())
     try:
-        plan = _known(a, b, args, options, backend, checked, _grad_enabled())
+        plan = _known(key, a, b, args)
     except (AttributeError, TypeError, RuntimeError):  # not plain tensors: named below
         plan = None
     if plan is None or forward_ad._current_level >= 0:
@@ -80,23 +86,21 @@ def product(a: Tensor, b: Tensor, args: GemmArgs, options: GemmOptions, backend:
             return _autocast(special, a, b, args, options, backend, checked)
         if plan is None:
             grad = needs_grad(a, b, args.bias, args.scale_a, args.scale_b)
-            plan = _make_plan(a, b, args, options, backend, checked, _grad_enabled(), grad)
+            plan = _make_plan(a, b, args, options, backend, checked, key, grad)
     try:
-        return plan.forward(a, b, args) if plan.direct else _execute(plan, a, b, args, options, checked)
+        return plan.forward(a, b, args) if plan.direct else _execute(plan, a, b, args, options)
     except Exception as error:
         if not may_fall_back(plan, error, "gemm"):
             raise
-    return product(a, b, args, options, backend, checked)
+    return product(a, b, args, options, backend, checked, key)
 
 
 def run_traced(a: Tensor, b: Tensor, args: GemmArgs, options: GemmOptions, backend: Any, grad: bool) -> Tensor:
     """Run a product below autograd, as the registered operator does; `grad`: a gradient will be wanted."""
-    key = "operator with gradients" if grad else "operator"
-    plan = _known(a, b, args, options, backend, False, key)
+    key = _key(args, options, backend, False, "operator with gradients" if grad else "operator")
+    plan = _known(key, a, b, args)
     if plan is None:
         plan = _make_plan(a, b, args, options, backend, False, key, grad)
-    if args.offs is not None and (a.is_cpu or settings().check):
-        check_offs(args.offs, _rows(a, options))
     try:
         with torch.autocast(a.device.type, enabled=False):
             out: Tensor = plan.forward(a, b, args)
@@ -112,11 +116,8 @@ def _key(args: GemmArgs, options: GemmOptions, backend: Any, checked: bool, mode
     return options, backend, _overridden(), mode, checked, offs is None, bias is None, scale_a is None
 
 
-def _known(
-    a: Tensor, b: Tensor, args: GemmArgs, options: GemmOptions, backend: Any, checked: bool, mode: object
-) -> Plan | None:
+def _known(key: Any, a: Tensor, b: Tensor, args: GemmArgs) -> Plan | None:
     """Return the plan of a call, if there is one."""
-    key = _key(args, options, backend, checked, mode)
     given = [t for t in args[:-1] if t is not None]
     plan = PLANS.last.get(key)
     if plan is None or not plan.check(a, b, *given):
@@ -130,7 +131,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _make_plan(
-    a: Tensor, b: Tensor, args: GemmArgs, options: GemmOptions, backend: Any, checked: bool, mode: object, grad: bool
+    a: Tensor, b: Tensor, args: GemmArgs, options: GemmOptions, backend: Any, checked: bool, key: Any, grad: bool
 ) -> Plan:
     """Check the call, choose and bind a backend; keep the plan, unless a CUDA graph is being captured."""
     described = describe(a, b, args, options, grad)
@@ -151,18 +152,26 @@ def _make_plan(
     forward = kernel.forward
     if on_gpu and torch.cuda.device_count() > 1:
         forward = on_device(forward, a.device)
+    if checks:
+        forward = _with_checked_ends(forward, a.shape[1] if options.form is Form.GROUPED_K else a.shape[0])
     plan = Plan(
-        check=guard, forward=forward, args=args[:0], direct=not (grad or checks), grad=grad, copies=False,
+        check=guard, forward=forward, args=args[:0], direct=not grad, grad=grad, copies=False,
         kernel=kernel, backend=name, spec=spec, device=where, explicit=asked is not None,
     )  # fmt: skip
     if not capturing:
-        PLANS.add(_key(args, options, backend, checked, mode), (a.shape, b.shape), plan)
+        PLANS.add(key, (a.shape, b.shape), plan)
     return plan
 
 
-def _rows(a: Tensor, options: GemmOptions) -> int:
-    """Return how many rows the offsets divide."""
-    return a.shape[1] if options.form is Form.GROUPED_K else a.shape[0]
+def _with_checked_ends(forward: Callable[..., Tensor], rows: int) -> Callable[..., Tensor]:
+    """Look at the values of offs before each call; `rows` is how many they divide, the same in all calls of a plan."""
+
+    def checked(a: Tensor, b: Tensor, args: GemmArgs) -> Tensor:
+        assert args.offs is not None
+        check_offs(args.offs, rows)
+        return forward(a, b, args)
+
+    return checked
 
 
 def _autocast(
@@ -175,12 +184,7 @@ def _autocast(
         return product(a.to(dtype), b.to(dtype), args, options, backend, checked)
 
 
-def _execute(plan: Plan, a: Tensor, b: Tensor, args: GemmArgs, options: GemmOptions, checked: bool) -> Tensor:
-    if args.offs is not None and not checked and (a.is_cpu or settings().check):
-        check_offs(args.offs, _rows(a, options))
-    if not plan.grad:
-        out: Tensor = plan.forward(a, b, args)
-        return out
+def _execute(plan: Plan, a: Tensor, b: Tensor, args: GemmArgs, options: GemmOptions) -> Tensor:
     from vllm_accel.ops.gemm_autograd import GemmFunction
 
     found: Tensor = GemmFunction.apply(a, b, args.bias, plan, args, options)  # type: ignore[no-untyped-call]
