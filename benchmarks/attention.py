@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, for the tests: numbers mean nothing")
     given = parser.parse_args(argv)
-    device = torch.device("cuda" if given.gpu else "cpu")
+    device = machine.device(parser, "cuda" if given.gpu else "cpu")
     dtype = DTYPES[given.dtype or ("bf16" if given.gpu else "fp32")]
     listed = shapes.QUICK_SHAPES if given.quick else shapes.GPU_SHAPES if given.gpu else shapes.CPU_SHAPES
     try:

@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed")
     parser.add_argument("--quick", action="store_true", help="few rounds, for the tests: numbers mean nothing")
     given = parser.parse_args(argv)
-    device = torch.device(given.device)
+    device = machine.device(parser, given.device)
     before = machine.load()
     torch.manual_seed(0)
     with contest.threads(given.threads):

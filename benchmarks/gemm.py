@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="no times: the conformance kit on this device instead")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, for the tests: numbers mean nothing")
     given = parser.parse_args(argv)
-    device, start = torch.device("cuda" if given.gpu else "cpu"), time.perf_counter()
+    device, start = machine.device(parser, "cuda" if given.gpu else "cpu"), time.perf_counter()
     dtype = DTYPES[given.dtype or ("bf16" if given.gpu else "fp32")]
     listed = QUICK_SHAPES if given.quick else GPU_SHAPES if given.gpu else CPU_SHAPES
     words = given.shapes.split(",")

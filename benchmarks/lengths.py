@@ -123,9 +123,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=120.0, help="seconds in all")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args(argv)
-    device = torch.device(given.device)
+    device = machine.device(parser, given.device)
     on_gpu = device.type == "cuda"
-    heads, kv_heads, dim = map(int, (given.sizes or ("32,8,128" if on_gpu else "8,2,64")).split(","))
+    sizes = (given.sizes or ("32,8,128" if on_gpu else "8,2,64")).split(",")
+    if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
+        parser.error(f"--sizes takes H,HKV,D, 3 whole numbers of at least 1, not {given.sizes!r}")
+    heads, kv_heads, dim = map(int, sizes)
     dtype = torch.bfloat16
     facts = machine.about("benchmarks.lengths", device)
     print(machine.describe(facts), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import os
@@ -46,6 +47,20 @@ def about(module: str, device: torch.device) -> dict[str, Any]:
         "packages": _versions(),
         "load": load(),
     }
+
+
+def device(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """Return a device of this machine that something was asked to run on.
+
+    Raises:
+        SystemExit: from the parser, if there is none.
+    """
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        parser.error(f"{name} is no device here: {error}")
+    return found
 
 
 def describe(facts: dict[str, Any]) -> str:

@@ -165,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes at once; each uses one thread")
     given = parser.parse_args(argv)
     wanted = given.cases.split(",") if given.cases else [case.name for case in CASES]
+    if unknown := set(wanted) - {case.name for case in CASES}:
+        parser.error(f"--cases {given.cases}: no such case: {', '.join(sorted(unknown))}")
     facts = machine.about("benchmarks.memory", torch.device("cpu"))
     print(machine.describe(facts), flush=True)
     lengths = sorted((int(n) for n in given.lengths.split(",")), reverse=True)  # the long ones first: none ends alone

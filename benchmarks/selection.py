@@ -199,9 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             budget(given.tune)
     except ValueError as error:
         parser.error(str(error))
+    if given.count < 1:
+        parser.error(f"--count takes at least 1, not {given.count}")
     if given.tune is not None and given.out is None:
         parser.error("--tune needs --out")
-    device = torch.device("cuda" if given.gpu else "cpu")
+    device = machine.device(parser, "cuda" if given.gpu else "cpu")
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
         os.environ["VLLM_ACCEL_TABLES"] = str(given.out.resolve())

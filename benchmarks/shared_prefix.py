@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="two small steps, to see that it runs")
     given = parser.parse_args(arguments)
-    gpu = torch.device(given.device).type == "cuda"
+    gpu = machine.device(parser, given.device).type == "cuda"
     batches, prefixes = ((8, 32, 128), (512, 2048, 8192)) if gpu else ((2, 4, 16), (64, 256, 1024, 4096))
     dtypes = ("bf16",) if gpu else ("bf16", "fp32")
     if given.quick:

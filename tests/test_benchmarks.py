@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -235,3 +236,27 @@ def test_make_bench_runs() -> None:
     out = run("pytest", *files, "-v", "--benchmark-disable", "-k", "test_hit or test_packed or test_prefill")
     for name in ("test_hit PASSED", "test_hit_of_nothing PASSED", "test_prefill[sdpa_cpu] PASSED", "test_packed[sdpa"):
         assert name in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+@pytest.mark.parametrize("module", ["attention --gpu", "gemm --gpu", "selection --gpu", "lengths --device cuda",
+                                    "dispatch --device cuda", "shared_prefix --device cuda"])  # fmt: skip
+def test_a_gpu_that_is_not_there_is_wrong_use(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, *arguments = module.split()
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"benchmarks.{name}").main(arguments)
+    assert ended.value.code == 2 and "cuda is no device here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "said"), [
+    ("lengths --device cpu --sizes 8,2", "--sizes takes H,HKV,D"), ("lengths --device cpu --sizes 8,0,64", "--sizes"),
+    ("memory --cases nope", "no such case: nope"), ("selection --count 0", "--count takes at least 1"),
+    ("attention --shapes nope", "no shape matches"), ("gemm --shapes nope", "--shapes nope"),
+])  # fmt: skip
+def test_wrong_arguments_of_benchmarks_are_wrong_use(
+    module: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *arguments = module.split()
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"benchmarks.{name}").main(arguments)
+    assert ended.value.code == 2 and said in capsys.readouterr().err

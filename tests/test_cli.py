@@ -190,3 +190,37 @@ def test_the_program_imports_no_more_than_it_uses() -> None:
     done = program("-c", code)
     assert done.returncode == 0
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_a_name_that_is_like_no_other_gets_no_hint_and_every_name_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--q", "1,64,8,64", "--backend", "nope"]) == 2
+    err = capsys.readouterr().err
+    assert "did you mean" not in err
+    names = err.rpartition("Valid: ")[2].strip().split(", ")
+    assert "triton" in names and len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-3", "inf", "nan"])
+def test_a_probe_without_time_is_wrong_use(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would find everything broken, and choice would remember that."""
+    assert main(["doctor", "--probe", "--seconds", seconds]) == 2
+    assert f"--seconds takes a time above 0, not {seconds}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--dtypes", "bf16,half"], "'half' is not one of fp16"),
+        (["--where", "moon"], "moon"),
+        (["--backends", "refrence"], "did you mean 'reference'?"),
+        (["--cases", "no_such_case"], "no case has that in its name"),
+    ],
+)
+def test_wrong_use_of_the_conformance_command(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vllm_accel.testing.__main__ import main as conformance
+
+    with pytest.raises(SystemExit) as ended:
+        conformance(arguments)
+    assert ended.value.code == 2 and said in capsys.readouterr().err

@@ -20,7 +20,7 @@ from vllm_accel.cli import console, doctor, doctor_backends, doctor_machine, doc
 from vllm_accel.dispatch import registry
 from vllm_accel.dispatch.backend import TorchBackend
 from vllm_accel.dispatch.capability import Capability
-from vllm_accel.dispatch.device import Device, preset
+from vllm_accel.dispatch.device import Device, cpu_name, preset
 from vllm_accel.dispatch.selection import Candidate, Selection, State
 from vllm_accel.dispatch.spec import PLAIN, Feature
 from vllm_accel.errors import Reason
@@ -140,6 +140,7 @@ def test_doctor_says_what_runs_here() -> None:
     assert rows(report, "torch")["version"]["value"] == str(torch.__version__)
     assert rows(report, "system")["Python"]["value"].endswith(sys.version.split()[0])
     assert "glibc" in rows(report, "system")
+    assert rows(report, "system")["CPU"]["value"] == cpu_name()
     assert {"C compiler", "Python.h", "triton", "ptxas", "nvcc", "ninja", "Triton cache"} <= set(
         rows(report, "toolchain")
     )
@@ -209,6 +210,30 @@ def test_doctor_reports_a_request_that_cannot_be_met(setting: pytest.MonkeyPatch
     assert report["exit_code"] == 2
     assert "VLLM_ACCEL_ATTENTION_BACKEND: flash_attn_3" in report["problems"][0]["problem"]
     assert rows(report, "backends")["sdpa_cpu"]["state"] == "DISABLED"
+
+
+def test_a_wrong_setting_hides_no_state(setting: pytest.MonkeyPatch) -> None:
+    """Then every call raises, and no selection says what runs on this device."""
+    setting.setattr(doctor_machine, "devices", lambda: [preset("cpu")])
+    want = {name: row["state"] for name, row in rows(doctor.examine(), "backends").items()}
+    setting.setenv("VLLM_ACCEL_CHECK", "perhaps")
+    setting.setattr("vllm_accel.dispatch.settings._current", None)
+    report = doctor.examine()
+    assert {name: row["state"] for name, row in rows(report, "backends").items()} == want
+    assert want["sdpa_flash"] == want["gemm: cutlass"] == "UNSUPPORTED"
+    (problem,) = report["problems"]
+    assert "VLLM_ACCEL_CHECK='perhaps' is not a switch" in problem["problem"]
+
+
+def test_a_setting_that_switches_everything_off_is_named(setting: pytest.MonkeyPatch) -> None:
+    setting.setattr(doctor_machine, "devices", lambda: [preset("cpu")])
+    setting.setenv("VLLM_ACCEL_DISABLED_BACKENDS", "cpu,sdpa_cpu,reference")
+    report = doctor.examine()
+    text = report["problems"][0]["problem"]
+    assert (
+        text.startswith("VLLM_ACCEL_DISABLED_BACKENDS leaves nothing that can run prefill") and "products" not in text
+    )
+    assert report["exit_code"] == 2
 
 
 def test_doctor_says_what_changed_since_it_was_read(setting: pytest.MonkeyPatch) -> None:

@@ -240,6 +240,17 @@ def test_what_is_missing_is_named(toolchain: Path, monkeypatch: pytest.MonkeyPat
     assert "11.8" in texts[0] and "C++ compiler" in texts[1] and "3.5.1" in texts[2] and "nvidia-cutlass" in texts[2]
 
 
+def test_without_the_headers_it_is_absent_and_without_a_compiler_broken(
+    toolchain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    missing = BACKEND.unavailable_reason()
+    assert missing is not None and missing.code == "toolchain" and "no C++ compiler" in missing.text
+    monkeypatch.setattr(build, "headers", lambda: None)
+    missing = BACKEND.unavailable_reason()
+    assert missing is not None and missing.code == "not_installed" and "headers of CUTLASS" in missing.text
+
+
 def test_a_build_is_kept_and_keyed_by_the_toolchain(toolchain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = build.variants("sm_90")[:2]
     assert build.build(wanted) == {}

@@ -9,6 +9,7 @@ and no home directory, so it can be posted as it is.
 from __future__ import annotations
 
 import argparse
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +62,8 @@ def run(given: argparse.Namespace) -> int:
         return console.wrong_use("doctor", "--yes belongs to --clear-triton-cache")
     if not given.probe and (given.backends or given.seconds is not None):
         return console.wrong_use("doctor", "--backends and --seconds belong to --probe")
+    if given.seconds is not None and not 0 < given.seconds < math.inf:
+        return console.wrong_use("doctor", f"--seconds takes a time above 0, not {given.seconds:g}")
     try:
         names = doctor_probe.known_names(given.backends)
     except ValueError as error:

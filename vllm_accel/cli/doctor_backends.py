@@ -96,9 +96,13 @@ class Examined:
         if not idle:
             return found
         kinds = ", ".join(kind for kind, _ in idle)
-        if any(c.state in (State.NOT_ASKED, State.DISABLED) for _, answer in idle for c in answer.candidates):
+        states = {c.state for _, answer in idle for c in answer.candidates}
+        if State.NOT_ASKED in states:
             fix = "see the reasons below, name another backend, or unset the variable"
             return [*found, Problem(f"nothing can run {kinds} as asked ({idle[0][1].decided_by})", fix, 2)]
+        if State.DISABLED in states:
+            fix = "take one that can out of that variable"
+            return [*found, Problem(f"VLLM_ACCEL_DISABLED_BACKENDS leaves nothing that can run {kinds}", fix, 2)]
         works = any(answer.op == "attention" and answer.chosen for _, answer in selections)
         return [*found, Problem(f"no backend can run {kinds} here", "see the reasons below", 1 if works else 3)]
 

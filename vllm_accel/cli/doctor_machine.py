@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from vllm_accel.cli import triton_cache
 from vllm_accel.cli.doctor_backends import Problem
 from vllm_accel.cli.machine import carries, local_devices, this_machine, version_text
-from vllm_accel.dispatch.device import Device
+from vllm_accel.dispatch.device import Device, cpu_name
 from vllm_accel.kernels.triton import toolchain
 
 GIB, KIB = 1024**3, 1024
@@ -105,6 +105,7 @@ def system_rows() -> list[dict[str, str]]:
         "platform": lambda: platform.platform() + (" (WSL)" if wsl else ""),
         "glibc": lambda: " ".join(platform.libc_ver()).strip() or "none",
         "Python": lambda: f"{platform.python_implementation()} {platform.python_version()}",
+        "CPU": cpu_name,
         "CPU cores": os.cpu_count,
     }
     return [{"system": name, "value": read(ask)} for name, ask in facts.items()]

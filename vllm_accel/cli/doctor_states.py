@@ -69,7 +69,9 @@ def _examine(
 ) -> BackendState:
     backend = registry.get(op, name)
     candidates = [selection[name] for selection in selections]
-    refused = [r.text for c in candidates[:1] for r in c.reasons if r.code in DEVICE_CODES]
+    # Without a selection, where a wrong setting makes every call raise, the capability is asked itself.
+    reasons = candidates[0].reasons if candidates else backend.capability.device_reasons(device)
+    refused = [r.text for r in reasons if r.code in DEVICE_CODES]
     if refused:
         made: BackendState = state("UNSUPPORTED", "; ".join(refused), "nothing to do: not for this device")
         return made

@@ -224,11 +224,12 @@ def valid_names(op: str) -> tuple[str, ...]:
     """List every name that `resolve` takes for an operation."""
     known = names(op)
     families = [name for (f_op, name), m in FAMILIES.items() if f_op == op and set(m) & set(known)]
-    return (*known, *(alias for alias, name in ALIASES.items() if name in known), *families)
+    # A family may share its name with a backend: "triton".
+    return tuple(dict.fromkeys((*known, *(alias for alias, name in ALIASES.items() if name in known), *families)))
 
 
 def suggestion(word: str, valid: tuple[str, ...]) -> str:
     """Return ``"; did you mean 'x'? Valid: ..."`` for an error message."""
-    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     return f"{hint} Valid: {', '.join(valid)}"

@@ -36,9 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--json", type=Path, help="write the results here")
     given = parser.parse_args(argv)
-    where = torch.device(given.where)
-    names = registry.resolve("attention", given.backends.split(",")) if given.backends else registry.names("attention")
-    results = [row for name in names for row in _run(name, where, given.dtypes.split(","), given.cases)]
+    dtypes = given.dtypes.split(",")
+    if unknown := [name for name in dtypes if name not in _DTYPES]:
+        parser.error(f"--dtypes {given.dtypes}: {unknown[0]!r} is not one of {', '.join(_DTYPES)}")
+    if not any(given.cases in _label(case) for case in (*CASES, *PAGED_CASES)):
+        parser.error(f"--cases {given.cases}: no case has that in its name")
+    try:
+        where = torch.device(given.where)
+        torch.empty(1, device=where)
+        named = given.backends.split(",") if given.backends else ()
+        names = registry.resolve("attention", named) if named else registry.names("attention")
+    except (ValueError, RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        parser.error(str(error))
+    results = [row for name in names for row in _run(name, where, dtypes, given.cases)]
     if given.json:
         given.json.write_text(json.dumps({"about": _about(where), "results": results}, indent=1) + "\n")
     failed = [row for row in results if row["outcome"] == "failed"]
@@ -59,7 +69,7 @@ def _run(name: str, where: torch.device, dtypes: list[str], only: str) -> list[d
         counts = {"ran": 0, "refused": 0, "failed": 0}
         every: tuple[Any, ...] = (*CASES, *PAGED_CASES)
         for case in every:
-            label = case.name if isinstance(case, Case) else f"paged_{case.name}"
+            label = _label(case)
             if only not in label:
                 continue
             outcome, detail = _check(backend, case, _DTYPES[dtype], where)
@@ -69,6 +79,10 @@ def _run(name: str, where: torch.device, dtypes: list[str], only: str) -> list[d
         sys.stdout.write(f"{name} {backend.version()} {dtype}: {summary}\n")
         sys.stdout.flush()
     return rows
+
+
+def _label(case: Any) -> str:
+    return str(case.name) if isinstance(case, Case) else f"paged_{case.name}"
 
 
 def _check(backend: Any, case: Any, dtype: torch.dtype, where: torch.device) -> tuple[str, str]:

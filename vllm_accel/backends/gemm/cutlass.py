@@ -127,7 +127,9 @@ class CutlassGemm:
 
     def unavailable_reason(self) -> Reason | None:
         """Say what is missing to build the kernels: nvcc, a C++ compiler, the headers."""
-        return next((Reason("toolchain", text) for text in build.problems()), None)
+        code = "toolchain" if build.headers() else "not_installed"
+        texts = build.problems()  # the headers' come last, and are what is not installed
+        return Reason(code, texts[0 if code == "toolchain" else -1]) if texts else None
 
     def build(self, spec: GemmSpec, device: Device) -> None:
         """Build the kernel for a kind of call, if the cache lacks it.
