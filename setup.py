@@ -32,18 +32,26 @@ class BuildKernels(build_ext):
 
     def _compile_and_link(self, ext: Extension) -> None:
         rules = runpy.run_path(str(FOLDER / "build.py"))
-        flags = rules["sources"]()
+        flags, folders = rules["sources"](), [*self.include_dirs, *ext.include_dirs]
+        macros = [*rules["MACROS"], ("SOURCES", f'"{rules["fingerprint"](FOLDER)}"')]
 
         def compiled(source: str) -> list[str]:
             own = [*rules["FLAGS"], *flags[Path(source).name], *os.environ.get("CPU_KERNELS_FLAGS", "").split()]
-            folders = [*self.include_dirs, *ext.include_dirs]
             found: list[str] = self.compiler.compile(
-                [source], self.build_temp, rules["MACROS"], folders, extra_postargs=own, depends=ext.depends
+                [source], self.build_temp, macros, folders, extra_postargs=own, depends=ext.depends
             )
             return found
 
+        sources, objects = list(ext.sources), []
+        for source in [source for source in sources if Path(source).name in rules["OPTIONAL"]]:
+            sources.remove(source)
+            try:
+                objects += compiled(source)
+            except Exception as error:  # a compiler older than the instructions
+                warnings.warn(f"{Path(source).stem} was left out of the CPU kernels: {error}", stacklevel=1)
+                macros.append((rules["OPTIONAL"][Path(source).name], "1"))
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            objects = [name for names in pool.map(compiled, ext.sources) for name in names]
+            objects += [name for names in pool.map(compiled, sources) for name in names]
         path = self.get_ext_fullpath(ext.name)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         extra = os.environ.get("CPU_KERNELS_FLAGS", "").split()

@@ -40,6 +40,27 @@ def test_left_out_on_purpose(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.so"))
 
 
+OLD_COMPILER = """#!/bin/sh
+echo "$@" >> {log}
+case "$*" in *-mamx-tile*) echo "unrecognized option -mamx-tile" >&2; exit 1;; esac
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="instruction sets of x86-64")
+def test_a_compiler_older_than_amx_builds_the_rest(tmp_path: Path) -> None:
+    compiler, log = tmp_path / "old-g++", tmp_path / "log"
+    compiler.write_text(OLD_COMPILER.format(log=log))
+    compiler.chmod(0o755)
+    done = build(tmp_path, CC=str(compiler), CXX=str(compiler))
+    assert "isa_amx_bf16 was left out" in done.stderr
+    commands = log.read_text().splitlines()
+    (machine,) = [command for command in commands if "machine.cpp" in command]
+    assert "-DWITHOUT_AMX=1" in machine
+    link = commands[-1]
+    assert "isa_avx512_bf16.o" in link and "isa_amx" not in link and list(tmp_path.rglob("_cpu.abi3.so"))
+
+
 WITHOUT = """
 import sys
 sys.modules["vllm_accel.kernels.cpu._cpu"] = None

@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vllm_accel import UnsupportedCallError, attention, attention_paged, attention_varlen
+import vllm_accel
+from vllm_accel import UnsupportedCallError, attention, attention_paged, attention_varlen, explain
 from vllm_accel.backends.cpu import BACKEND, CpuKernel
 from vllm_accel.backends.cpu_paged import CpuPagedKernel
 from vllm_accel.dispatch import device as devices
+from vllm_accel.dispatch import plan as plans
 from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
 from vllm_accel.dispatch.spec import Feature
+from vllm_accel.kernels import cpu as kernels
 from vllm_accel.kernels.cpu import load
 from vllm_accel.testing import CASES, PAGED_CASES, Case, PagedCase, check_paged_call
 from vllm_accel.testing.conformance import check_call, kernel_call
@@ -265,6 +270,95 @@ def test_mixed_decode_and_prefill_in_one_packed_call() -> None:
         if a < b:
             alone = attention(q[None, a:b], k[None, c:d], v[None, c:d], causal=True, backend="reference")
             assert torch.allclose(out[a:b], alone[0], atol=2e-6)
+
+
+# Lengths around the tiles of every instruction set: 32 rows and 32 keys of AMX, items of 128 keys, blocks of 512, with
+# more rows than a task; head sizes that fill no tile.
+TILES = [(33, 129, 3, 72, 40), (97, 640, 1, 32, 128), (40, 31, 2, 17, 16), (200, 1100, 2, 96, 33)]
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (70, -1), (150, 20)])
+@pytest.mark.parametrize("sizes", TILES, ids=str)
+@pytest.mark.parametrize("isa", range(len(ISAS)), ids=ISAS)
+def test_around_the_tiles(isa: int, sizes: tuple[int, ...], window: tuple[int, int]) -> None:
+    queries, keys, group, dim, dim_v = sizes
+    case = Case(
+        "tiles", "", batch=2, seqlen_q=queries, seqlen_k=keys, num_heads=2 * group, num_kv_heads=2, head_dim=dim,
+        head_dim_v=dim_v, sinks=group == 2, alibi="heads" if group == 3 else None, grad=False,
+        options={"causal": window[1] < 0, "window_size": window},
+    )  # fmt: skip
+    check_call(call_with(isa), case, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("isa", range(len(ISAS)), ids=ISAS)
+@pytest.mark.parametrize("step", [0.5, 30.0])
+def test_scores_that_grow_along_the_row(isa: int, step: float) -> None:
+    """The running maximum changes in every block, by less and by more than what is worth rescaling the result for."""
+    keys = 1000
+    q = torch.zeros(1, 40, 1, 32)
+    q[..., 0] = 1
+    k = torch.zeros(1, keys, 1, 32)
+    k[0, :, 0, 0] = torch.arange(keys) // 128 * step
+    v = torch.randn(1, keys, 1, 16, generator=torch.Generator().manual_seed(0))
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    out, lse = call_with(isa)(q, k, v, softmax_scale=1.0, return_lse=True)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double())
+    want = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double())
+    assert torch.allclose(out.double(), want, atol=4e-3)
+    assert torch.allclose(lse.double(), scores.logsumexp(-1), atol=1e-4, rtol=1e-6)
+
+
+def test_the_matrix_unit_is_shared_with_torch() -> None:
+    """torch configures the tiles of a thread for its own products; before, between and after ours they stay right."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 100, 2, 64, generator=g).bfloat16()
+    a, b = (torch.randint(-3, 4, (200, 200), generator=g).bfloat16() for _ in range(2))
+    product = a.double() @ b.double()  # sums of small integers: exact in fp32, rounded once
+    expected = attention(q, q, q, causal=True, backend="cpu")
+
+    def both(_: int) -> bool:
+        right = torch.equal((a @ b).double(), product.bfloat16().double())
+        return right and torch.equal(attention(q, q, q, causal=True, backend="cpu"), expected)
+
+    assert all(both(n) for n in range(5))
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(both, range(40)))
+
+
+def test_the_version_tells_instruction_set_and_sources() -> None:
+    version = BACKEND.version()
+    assert version is not None
+    release, _, local = version.partition("+")
+    assert release == vllm_accel.__version__ and local == f"{ISAS[0]}.{load().module.sources()}"
+    assert re.fullmatch("[0-9a-f]{8}", load().module.sources())
+    q = torch.randn(1, 40, 2, 16)
+    assert ISAS[0] in str(explain(attention, q, q, q, backend="cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pytorch_is_first_where_it_alone_has_the_matrix_unit(dtype: torch.dtype, monkeypatch) -> None:
+    q = torch.randn(1, 40, 2, 16).to(dtype)
+    asked = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}[dtype]
+
+    def chosen(has: bool, sets: tuple[str, ...], queries: int = 40) -> str | None:
+        monkeypatch.setattr(torch.cpu, asked, lambda: has, raising=False)
+        module = types.SimpleNamespace(**{name: getattr(load().module, name) for name in ("forward", "sources")})
+        module.instruction_sets = lambda: sets
+        monkeypatch.setattr(kernels, "load", lambda: kernels.Loaded(module, None))
+        kernels._torch_alone_has.cache_clear()
+        plans.invalidate()
+        return explain(attention, q[:, :queries], q, q).chosen
+
+    try:
+        ours = "cpu" if dtype is torch.bfloat16 else "sdpa_cpu"
+        assert chosen(True, ("avx512", "avx2", "portable")) == "sdpa_cpu"
+        assert chosen(True, ("amx_bf16", "avx512")) == ours
+        assert chosen(False, ("avx512", "avx2", "portable")) == "cpu"
+        assert chosen(True, ("avx512", "avx2"), queries=1) == "cpu"  # decode is bound by memory
+    finally:
+        monkeypatch.undo()
+        kernels._torch_alone_has.cache_clear()
+        plans.invalidate()
 
 
 # Threads of a process that has run a product and our kernels; how many OpenMP runtimes are mapped.

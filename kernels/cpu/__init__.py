@@ -50,6 +50,33 @@ def load() -> Loaded:
     return Loaded(module, None)
 
 
+#: Rows (queries x heads of a group) up to which keys are read in place, at the speed of memory; as in drive.cpp.
+_DECODE_ROWS = 16
+
+
+@functools.cache
+def _torch_alone_has(dtype: torch.dtype) -> bool:
+    """Tell whether torch multiplies in a dtype on a matrix unit (AMX) that these kernels do not use here."""
+    asked = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}.get(dtype)
+    supported = getattr(torch.cpu, asked, None) if asked else None
+    if supported is None or not supported():
+        return False
+    sets = () if load().reason else load().module.instruction_sets()
+    return not (dtype is torch.bfloat16 and sets and sets[0].startswith("amx"))
+
+
+def outrun(spec: Any) -> str | None:
+    """Say why PyTorch's kernel is the faster one for a kind of attention call, None where it is not.
+
+    That is prefill on a machine whose matrix unit torch uses and this extension does not: built by a compiler that
+    does not know it, not permitted, or (fp16) without such a kernel. Backward and decode are ours either way.
+    """
+    group = spec.num_heads // spec.num_kv_heads
+    if not _torch_alone_has(spec.dtype) or spec.block_size or spec.seqlen_q * group <= _DECODE_ROWS:
+        return None
+    return "PyTorch multiplies this dtype on the processor's matrix unit (AMX), these kernels do not here"
+
+
 def type_code(q: torch.dtype, kv: torch.dtype, out: torch.dtype, bias: Tensor | None, sinks: Tensor | None) -> int:
     """Return the dtypes of a call as the extension takes them."""
     code = TYPES[q] | TYPES[kv] << 3 | TYPES[out] << 6

@@ -10,32 +10,7 @@
 
 namespace vacpu {
 
-#if defined(__x86_64__)
-namespace avx512_bf16 { extern const Isa table; }
-namespace avx512 { extern const Isa table; }
-namespace avx2 { extern const Isa table; }
-#endif
-namespace portable { extern const Isa table; }
-
 namespace {
-
-const std::vector<const Isa*>& instruction_sets() {
-  static const std::vector<const Isa*> found = [] {
-    std::vector<const Isa*> list;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx512 && avx2 && __builtin_cpu_supports("avx512bf16")) list.push_back(&avx512_bf16::table);
-    if (avx512 && avx2) list.push_back(&avx512::table);
-    if (avx2) list.push_back(&avx2::table);
-#endif
-    list.push_back(&portable::table);
-    return list;
-  }();
-  return found;
-}
 
 // Up to this many rows (queries x heads of a group) keys are read in place; beyond, packing pays.
 constexpr int DECODE_ROWS = 16;
@@ -146,8 +121,10 @@ void run_group(const Job& j, const Isa& isa, const PrefillUnit* units, int count
     ends.push_back((u ? ends.back() : 0) + units[u].panels);
   }
   threads = useful_threads(work, threads);
+  const int multiple = isa.prefill_rows(j);
   int step = ROWS_OF_A_TASK;
-  while (step > 24 && rows < static_cast<int64_t>(step) * threads * 4) step /= 2;
+  while (step > std::max(multiple, 24) && rows < static_cast<int64_t>(step) * threads * 4)
+    step = (step / 2 + multiple - 1) / multiple * multiple;
   const size_t each = whole_pages(isa.prefill_scratch(j, step));
   const Lease lease(each * threads + packed_bytes);
   std::vector<Packed> packed;
@@ -192,9 +169,6 @@ void run_prefill(const Job& j, const Isa& isa, const std::vector<int>& sequences
 }
 
 }  // namespace
-
-int isa_count() { return static_cast<int>(instruction_sets().size()); }
-const Isa& isa_at(int index) { return *instruction_sets()[index]; }
 
 const char* check(const Job& j) {
   for (int b = 0; b < j.batch; b++) {

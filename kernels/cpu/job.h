@@ -125,11 +125,11 @@ struct DecodeTask {
 struct Isa {
   const char* name;
   int panel;         // keys of a panel
-  int row_multiple;  // rows of a register tile
   bool has_dot;
   int chunk;         // keys of a decode chunk: splits are multiples of it
   size_t (*packed_bytes)(const Job&, int n_k, bool values);
   void (*pack)(const Job&, int b, int kv_head, int panel, Packed);
+  int (*prefill_rows)(const Job&);  // of a tile: tasks are multiples of it
   size_t (*prefill_scratch)(const Job&, int rows);
   void (*prefill)(const Job&, const PrefillTask&, char* scratch);
   size_t (*decode_scratch)(const Job&, int rows, int heads);

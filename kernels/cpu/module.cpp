@@ -246,6 +246,9 @@ PyObject* py_instruction_sets(PyObject*, PyObject*) {
   return names;
 }
 
+// What tells these sources from those of another day.
+PyObject* py_sources(PyObject*, PyObject*) { return PyUnicode_FromString(SOURCES); }
+
 PyObject* py_set_parallel(PyObject*, PyObject* address) {
   void* fn = PyLong_AsVoidPtr(address);
   if (PyErr_Occurred()) return nullptr;
@@ -261,6 +264,7 @@ PyMethodDef METHODS[] = {
     {"probe_fma", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_probe_fma)), METH_FASTCALL, nullptr},
     {"probe_read", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_probe_read)), METH_FASTCALL, nullptr},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, nullptr},
+    {"sources", py_sources, METH_NOARGS, nullptr},
     {"set_parallel", py_set_parallel, METH_O, nullptr},
     {"kept_bytes", py_kept_bytes, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},

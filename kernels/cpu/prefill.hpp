@@ -7,7 +7,7 @@ constexpr int KB = NC == 4 ? 512 : 256;
 
 template <class P> static size_t packed_bytes(const Job& j, int n_k, bool values) {
   const int64_t keys = round_up(n_k, PK);
-  const int64_t words = values ? keys / P::PAIR * round_up(j.dim_v, VL) : keys * words_of<P>(j.dim);
+  const int64_t words = values ? keys / P::PAIR * columns_of<P>(j.dim_v) : keys * words_of<P>(j.dim);
   return static_cast<size_t>(words) * 4;
 }
 
@@ -22,7 +22,7 @@ template <class P> static void pack(const Job& j, int b, int kv_head, int panel,
     v[i] = inside ? key_row(j, j.v, s, b, first + i, kv_head) : nullptr;
   }
   float* panel_to = reinterpret_cast<float*>(to.k) + static_cast<int64_t>(first) * words_of<P>(j.dim);
-  float* rows_to = reinterpret_cast<float*>(to.v) + static_cast<int64_t>(first) / P::PAIR * round_up(j.dim_v, VL);
+  float* rows_to = reinterpret_cast<float*>(to.v) + static_cast<int64_t>(first) / P::PAIR * columns_of<P>(j.dim_v);
   FOR_TYPE(j.k.type, (pack_panel<P, T>(panel_to, k, j.dim)));
   FOR_TYPE(j.v.type, (pack_rows<P, T>(rows_to, v, j.dim_v, PK)));
 }
@@ -90,6 +90,9 @@ AI void finish_row(const Job& j, const Sequence& s, int b, int i, int h, const f
     j.lse[at] = total == 0 ? -INF : (top + __builtin_log2f(total)) * LN2;
   }
 }
+
+template <class P> AI int prefill_rows(const Job&) { return MR; }
+template <class P> AI size_t prefill_scratch(const Job& j, int rows) { return PrefillScratch<P>::bytes(j, rows); }
 
 template <class P> static void prefill(const Job& j, const PrefillTask& t, char* base) {
   const Sequence s = sequence(j, t.b);

@@ -1,23 +1,34 @@
 // Products: how operands are packed into 32-bit words, the register tiles, and packing itself.
 //
 // Dot multiplies pairs of bf16 (one word = two elements), Fma single floats. A tile multiplies MR rows of words with a
-// panel [word][PK] (scores) or with rows of words (values); both keep MR x NC vectors of sums in registers.
+// panel [word][PK] (scores) or with rows of words (values); both keep MR x NC vectors of sums in registers. Amx takes
+// the same layout as Dot, padded to whole tiles: amx.hpp.
 
+// PAIR: elements of a word. WORDS, COLUMNS: a panel's words and the columns of packed rows are multiples of these.
 struct Fma {
-  static constexpr int PAIR = 1;
+  static constexpr int PAIR = 1, WORDS = 1, COLUMNS = VL;
   AI vf mac(vf c, vf a, vf b) { return fma(a, b, c); }
 };
 
 #if defined(__AVX512BF16__)
 #define HAS_DOT 1
 struct Dot {
-  static constexpr int PAIR = 2;
+  static constexpr int PAIR = 2, WORDS = 1, COLUMNS = VL;
   AI vf mac(vf c, vf a, vf b) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
 };
 #else
 #define HAS_DOT 0
+#endif
+
+#if defined(__AMX_BF16__)
+#define HAS_AMX 1
+struct Amx {
+  static constexpr int PAIR = 2, WORDS = 16, COLUMNS = 32;
+};
+#else
+#define HAS_AMX 0
 #endif
 
 // Two vectors of floats -> one vector of bf16 pairs in element order.
@@ -38,7 +49,10 @@ template <class P, int T> AI vf load_words(const char* row, int at, int dim) {
   }
 }
 
-template <class P> AI int words_of(int dim) { return (dim + P::PAIR - 1) / P::PAIR; }
+template <class P> AI int words_of(int dim) {
+  return static_cast<int>(round_up((dim + P::PAIR - 1) / P::PAIR, P::WORDS));
+}
+template <class P> AI int columns_of(int dim) { return static_cast<int>(round_up(dim, P::COLUMNS)); }
 template <class P> AI int padded_words(int dim) { return static_cast<int>(round_up(words_of<P>(dim), VL)); }
 
 // Copy a row of any type as words, zero up to a multiple of VL words.
@@ -78,7 +92,7 @@ template <int T> AI vu load_bf16(const char* p, int n) {
 
 // Rows for the second product: [row / PAIR][padded dim] words; with pairs, word = (row 2i, row 2i + 1) of one column.
 template <class P, int T> static void pack_rows(float* to, const char* const* rows, int dim, int n) {
-  const int columns = static_cast<int>(round_up(dim, VL));
+  const int columns = columns_of<P>(dim);
   const int64_t size = type_size(T);
   for (int k = 0; k < n; k += P::PAIR)
     for (int d = 0; d < columns; d += VL) {

@@ -17,7 +17,8 @@ constexpr int NC = 2;  // 16 registers
 constexpr int MR = 6;          // rows of a register tile
 constexpr int PK = NC * VL;    // keys of a panel
 
-#define AI static inline __attribute__((always_inline))
+#define INLINE inline __attribute__((always_inline))
+#define AI static INLINE
 #define UNROLL _Pragma("GCC unroll 64")
 
 typedef float vf __attribute__((vector_size(4 * VL)));

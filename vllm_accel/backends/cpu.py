@@ -15,7 +15,7 @@ from vllm_accel.dispatch.capability import Capability, Rule
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.spec import PROMISES, AttentionSpec, Feature
 from vllm_accel.errors import Reason
-from vllm_accel.kernels.cpu import load, type_code
+from vllm_accel.kernels.cpu import load, outrun, type_code
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -24,6 +24,11 @@ def _no_fp8_gradients(spec: AttentionSpec, device: Device) -> str | None:
     if Feature.GRAD in spec.features and spec.dtype in _FP8:
         return "has no gradients for FP8 inputs"
     return None
+
+
+def _instructions() -> str | None:
+    found = load()
+    return None if found.reason else f"instruction set {found.module.instruction_sets()[0]}"
 
 
 class CpuBackend:
@@ -36,11 +41,18 @@ class CpuBackend:
         features=functools.reduce(lambda a, b: a | b, Feature) & ~(PROMISES | Feature.DROPOUT),
         kv_dtypes=KV_DTYPES,
         rules=(Rule("fp8_grad", _no_fp8_gradients),),
+        device_notes=(
+            Rule("instructions", lambda spec, _: _instructions()),
+            Rule("matrix_unit", lambda spec, _: outrun(spec)),
+        ),
     )
 
     def version(self) -> str | None:
-        """Return this library's version: the kernels are its own."""
-        return None if load().reason else vllm_accel.__version__
+        """Return the version, the instruction set and what tells the kernels' sources: measurements hang on all."""
+        found = load()
+        if found.reason is not None:
+            return None
+        return f"{vllm_accel.__version__}+{found.module.instruction_sets()[0]}.{found.module.sources()}"
 
     def unavailable_reason(self) -> Reason | None:
         """Say why the extension cannot be used: not built, or no OpenMP runtime of torch."""

@@ -6,7 +6,10 @@ After the document "Acceleration Libraries for vLLM": FlashAttention first on Am
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm_accel.dispatch.device import Device
+from vllm_accel.kernels.cpu import outrun
 
 TRITON_BACKENDS = ("gluon_hopper", "triton")
 
@@ -56,8 +59,15 @@ def device_class(device: Device) -> str:
     return {9: "hopper", 8: "ampere"}.get(major, "older")
 
 
-def shipped_order(op: str, device: Device) -> tuple[str, ...]:
-    """Return the backends to try for an operation on a device, first one first."""
+def shipped_order(op: str, device: Device, spec: Any = None) -> tuple[str, ...]:
+    """Return the backends to try for an operation on a device, first one first.
+
+    With a spec the order is that of its kind of call: `cpu` goes behind PyTorch's kernel where that alone has a matrix
+    unit (`kernels.cpu.outrun`).
+    """
     if op == "gemm":
         return _GEMM_CPU if device.type == "cpu" else _GEMM
-    return _ATTENTION[device_class(device)]
+    order = _ATTENTION[device_class(device)]
+    if device.platform == "cpu" and spec is not None and outrun(spec):
+        return ("sdpa_cpu", *(name for name in order if name != "sdpa_cpu"))
+    return order

@@ -54,7 +54,7 @@ class Verdict(NamedTuple):
 def ranked(question: Question, current: Settings, *, everything: bool) -> Ranking:
     """Return every backend of the operation in the order in which this question tries them, with measured times."""
     op = question.op
-    automatic = registry.ordered(op, preference.shipped_order(op, question.device))
+    automatic = registry.ordered(op, preference.shipped_order(op, question.device, question.spec))
     triton_first = op == "attention" and current.use_triton and question.device.type == "cuda"
 
     def takes(name: str) -> bool:

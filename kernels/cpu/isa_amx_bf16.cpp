@@ -1,0 +1,2 @@
+#define ISA_NAME amx_bf16
+#include "isa.hpp"
