@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_accel.dispatch.device import Device
-from vllm_accel.kernels.cpu import outrun
 
 TRITON_BACKENDS = ("gluon_hopper", "triton")
 
@@ -68,6 +67,9 @@ def shipped_order(op: str, device: Device, spec: Any = None) -> tuple[str, ...]:
     if op == "gemm":
         return _GEMM_CPU if device.type == "cpu" else _GEMM
     order = _ATTENTION[device_class(device)]
-    if device.platform == "cpu" and spec is not None and outrun(spec):
-        return ("sdpa_cpu", *(name for name in order if name != "sdpa_cpu"))
+    if device.platform == "cpu" and spec is not None:
+        from vllm_accel.kernels.cpu import outrun  # `import vllm_accel` loads no kernels
+
+        if outrun(spec):
+            return ("sdpa_cpu", *(name for name in order if name != "sdpa_cpu"))
     return order
