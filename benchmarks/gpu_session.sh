@@ -6,28 +6,7 @@
 # Conformance, the reports of wrong kernels, times, a short tune, the regret of automatic choice, the doctor's probe, and a
 # page made of it. Each step has a time limit and a log of its own; one that fails or is cut off leaves what it had, and the
 # next one runs. STEPS="known_bad tune" runs only those; PERCENT=200 doubles every limit. Needs no network.
-set -u
-out=${1:?usage: benchmarks/gpu_session.sh OUTDIR [PYTHON]}
-python=${2:-python3}
-percent=${PERCENT:-100}
-cd "$(dirname "$0")/.." || exit 1
-mkdir -p "$out" && out=$(cd "$out" && pwd)
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" VLLM_ACCEL_TABLES="${VLLM_ACCEL_TABLES:-$out/tables}"
-summary=$out/summary.tsv
-printf 'step\tseconds\texit\n' >"$summary"
-
-# step NAME SECONDS COMMAND...: run with a limit, keep the output, never stop the session.
-step() {
-  local name=$1 limit=$(($2 * percent / 100 + 1)) code begin=$SECONDS
-  shift 2
-  case " ${STEPS:-$name} " in *" $name "*) ;; *) return 0 ;; esac
-  printf '== %s (at most %s s): %s\n' "$name" "$limit" "$*"
-  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
-  code=$?
-  printf '%s\t%s\t%s\n' "$name" "$((SECONDS - begin))" "$code" >>"$summary"
-  tail -n 3 "$out/$name.log"
-  printf -- '-- %s: %s s, exit %s%s\n' "$name" "$((SECONDS - begin))" "$code" "$([ "$code" = 124 ] && echo ' (cut off)')"
-}
+. "$(dirname "$0")/session.sh"
 
 # In order of value: what is cut off by the end of a session is what is missed least.
 step known_bad 45 "$python" -m benchmarks.known_bad --seconds 40 --json "$out/known_bad.json"

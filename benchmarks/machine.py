@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def about(module: str, device: torch.device) -> dict[str, Any]:
         module: what was started as ``python -m module``. device: what is measured.
     """
     return {
-        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+        "command": command(module),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "cores": cores(),
@@ -47,6 +48,12 @@ def about(module: str, device: torch.device) -> dict[str, Any]:
         "packages": _versions(),
         "load": load(),
     }
+
+
+def command(module: str) -> str:
+    """Return what was started, as a reader would type it: a file by its name, because its folder is this machine's."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join([f"python -m {module}", *words])
 
 
 def device(parser: argparse.ArgumentParser, name: str) -> torch.device:

@@ -102,7 +102,13 @@ def _about(where: torch.device) -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python -m vllm_accel.testing", *sys.argv[1:]]),
+        # A file by its name: its folder is this machine's.
+        "command": " ".join(
+            [
+                "python -m vllm_accel.testing",
+                *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]),
+            ]
+        ),
     }
 
 
