@@ -39,6 +39,7 @@ BUILT_IN: dict[tuple[str, str], str] = {
     ("gemm", "torch_grouped"): "vllm_accel.backends.gemm.torch_grouped:BACKEND",
     ("gemm", "cpu"): "vllm_accel.backends.gemm.cpu:BACKEND",
     ("gemm", "cutlass"): "vllm_accel.backends.gemm.cutlass:BACKEND",
+    ("gemm", "deep_gemm"): "vllm_accel.backends.gemm.deep_gemm:BACKEND",
     ("gemm", "tensorrt_llm"): "vllm_accel.backends.gemm.tensorrt_llm:BACKEND",
     ("gemm", "triton"): "vllm_accel.backends.gemm.triton:BACKEND",
 }
