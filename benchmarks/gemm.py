@@ -23,6 +23,7 @@ from benchmarks import machine
 from benchmarks.gemm_shapes import CPU_SHAPES, GPU_SHAPES, QUICK_SHAPES, GemmShape
 from vllm_accel import State, explain, fused_moe, grouped_gemm, quantize_fp8, scaled_gemm, warmup
 from vllm_accel.dispatch import registry
+from vllm_accel.dispatch.selection import Candidate
 from vllm_accel.testing import GEMM_CASES, check_gemm_backend
 from vllm_accel.testing.tolerance import tolerance
 from vllm_accel.tuning import timing
@@ -143,27 +144,30 @@ def layer(shape: GemmShape, device: torch.device, dtype: torch.dtype) -> Contest
     return Contest(fused_moe, args, {}, {LOOP: loop}, rows, some(torch.float64), some(dtype))
 
 
-def measure(shape: GemmShape, device: torch.device, dtype: torch.dtype, rounds: int, only: str) -> Report:
+def measure(
+    shape: GemmShape, device: torch.device, dtype: torch.dtype, rounds: int, only: str, targets: bool = False
+) -> Report:
     """Check and time every contestant on one shape; whatever fails becomes text in the report."""
     report = Report(shape)
     try:
         with torch.no_grad():
-            _measure(report, (layer if shape.kind == "moe" else grouped)(shape, device, dtype), device, rounds, only)
+            contest = (layer if shape.kind == "moe" else grouped)(shape, device, dtype)
+            _measure(report, contest, device, rounds, only, targets)
     except Exception as error:  # out of memory, say: the next shape may be smaller
         report.error = timing.text_of(error)
     return report
 
 
-def _measure(report: Report, contest: Contest, device: torch.device, rounds: int, only: str) -> None:
+def _measure(report: Report, contest: Contest, device: torch.device, rounds: int, only: str, targets: bool) -> None:
     fn, args, kwargs = contest.fn, contest.args, contest.kwargs
-    try:
-        warmup(fn, *args, **kwargs)
-    except Exception as error:  # the backend that does not build is named by its own check below
-        report.failed["warmup"] = timing.text_of(error)
+    if not targets:
+        try:
+            warmup(fn, *args, **kwargs)
+        except Exception as error:  # the backend that does not build is named by its own check below
+            report.failed["warmup"] = timing.text_of(error)
     selection = explain(fn, *args, **kwargs)
     report.chosen = selection.chosen or ""
-    able = {State.ABLE, State.CHOSEN, State.HELD_BACK}
-    names = [c.name for c in selection.candidates if c.state in able and c.name != "reference"]
+    names = [c.name for c in selection.candidates if _takes_part(c, report, targets)]
     if device.type == "cpu":
         names.append("reference")
     calls: dict[str, timing.Call] = {AUTO: lambda: fn(*args, **kwargs)}
@@ -186,6 +190,14 @@ def _measure(report: Report, contest: Contest, device: torch.device, rounds: int
             report.failed[name] = timed.error
         else:
             report.seconds[name] = timed.seconds
+
+
+def _takes_part(candidate: Candidate, report: Report, targets: bool) -> bool:
+    """Tell whether a backend is timed by name: all that can run; for targets, what competes for FP8 without a build."""
+    if candidate.name == "reference" or candidate.state not in (State.ABLE, State.CHOSEN, State.HELD_BACK):
+        return False
+    waits = any(reason.code == "first_call" for reason in candidate.reasons)
+    return not targets or (report.shape.kind == "fp8" and candidate.state is not State.CHOSEN and not waits)
 
 
 def conformance(device: torch.device, dtype: torch.dtype, names: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -215,7 +227,8 @@ def show(report: Report) -> None:
     shape = report.shape
     print(f"{shape.name}: {shape.rows} rows, K {shape.k}, N {shape.n}, {shape.experts} experts; chosen {report.chosen}")
     for name, seconds in sorted(report.seconds.items(), key=lambda item: item[1]):
-        print(f"  {name:<20} {seconds * 1e3:9.4f} ms  {shape.flops() / seconds * 1e-12:8.4g} TFLOP/s")
+        over = f"  {seconds / report.seconds[AUTO]:6.3f} of automatic's time" if AUTO in report.seconds else ""
+        print(f"  {name:<20} {seconds * 1e3:9.4f} ms  {shape.flops() / seconds * 1e-12:8.4g} TFLOP/s{over}")
     for name, text in report.failed.items():
         print(f"  {name:<20} {text}")
     print(f"  {report.error}\n" if report.error else "", flush=True)
@@ -255,6 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--shapes", default="", help="only shapes whose name contains one of these words")
     parser.add_argument("--backends", default="", help="only these backends, beside automatic choice")
+    parser.add_argument(
+        "--targets", action=argparse.BooleanOptionalAction, help="time what the targets compare alone (on a GPU)"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=0.0, help="start no further shape after so many seconds")
     parser.add_argument("--check", action="store_true", help="no times: the conformance kit on this device instead")
@@ -276,16 +292,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             given.json.write_text(json.dumps({"about": facts, "cases": outcomes}, indent=1) + "\n")
         return 1 if any(text.startswith("FAILED") for cases in outcomes.values() for text in cases.values()) else 0
     reports: list[Report] = []
+    only_targets = given.gpu if given.targets is None else given.targets
+
+    def save() -> None:
+        left = [shape.name for shape in wanted[len(reports) :]]
+        data = {"about": facts, "dtype": str(dtype).removeprefix("torch."), "targets": targets(reports), "left": left,
+                "shapes": [asdict(report) for report in reports]}  # fmt: skip
+        if given.json:
+            part = given.json.with_suffix(".part")
+            part.write_text(json.dumps(data, indent=1) + "\n")
+            part.replace(given.json)  # at once: whoever reads it never sees half of it
+
+    save()
     for shape in wanted:
         if given.budget and time.perf_counter() - start > given.budget:
             print(f"the budget of {given.budget:g} s is spent before {shape.name}")
             break
-        reports.append(measure(shape, device, dtype, given.rounds, given.backends))
+        reports.append(measure(shape, device, dtype, given.rounds, given.backends, only_targets))
+        save()
         show(reports[-1])
-        if given.json:  # after every shape: a run that is cut short still leaves what it found
-            data = {"about": facts, "dtype": str(dtype).removeprefix("torch."), "targets": targets(reports),
-                    "shapes": [asdict(report) for report in reports]}  # fmt: skip
-            given.json.write_text(json.dumps(data, indent=1) + "\n")
     for name, found in targets(reports).items():
         print(f"{name}: {found['median']:.3g} at the median, {found['least']:.3g} at least, {found['shapes']} shapes")
     if warning := machine.busy(before, torch.get_num_threads()):
