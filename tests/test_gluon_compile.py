@@ -16,12 +16,12 @@ from vllm_accel.kernels.gluon import forward_sm90_launch as launches
 #: Head size, causal, packed, variant: each path through the kernel at least once.
 KERNELS = [
     (64, False, False, {}),
-    (64, True, True, {}),
+    pytest.param(64, True, True, {}, marks=pytest.mark.slow),
     (128, False, False, {}),
-    (128, True, False, {}),
+    pytest.param(128, True, False, {}, marks=pytest.mark.slow),
     (128, True, True, {}),
     (128, True, False, {"pingpong": True, "persistent": True, "q_slots": 2}),
-    (256, False, False, {}),
+    pytest.param(256, False, False, {}, marks=pytest.mark.slow),
     (256, True, True, {}),
 ]
 

@@ -36,7 +36,8 @@ from vllm_accel.testing import CASES, PAGED_CASES
 from vllm_accel.testing.conformance import kernel_call
 from vllm_accel.testing.conformance_paged import paged_kernel_call
 
-LARGE = {"D": 64, "SOFTCAP": True}
+USUAL = {"D": 64, "DV": 32, "BLOCK_D": 64, "BLOCK_DV": 32}
+LARGE = {**USUAL, "SOFTCAP": True}
 HOPPER, AMPERE = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 80, 32)
 OLD = re.compile(r"^\.version \d+\.\d+", re.MULTILINE)
 
@@ -116,10 +117,13 @@ def test_hopper_takes_the_other_ptxas(pair) -> None:
     assert _release_in(HOPPER) == ("12.9", {"ptx_version": 88})
     assert _release_in(AMPERE) == ("12.8", {})
     assert _release_in(GPUTarget("hip", "gfx942", 64)) == ("12.8", {})
-    for plain in ({"D": 64, "LEFT": False, "SOFTCAP": False, "ALIBI": 0, "BIAS": 0}, {"CAUSAL": True, "BN": 128}):
-        assert _release_in(HOPPER, **plain) == ("12.8", {})
-    for option in ("LEFT", "SOFTCAP", "ALIBI", "BIAS"):
-        assert _release_in(HOPPER, D=64, **{option: 1}) == ("12.9", {"ptx_version": 88})
+    backward = {"HEAD_DIM": 64, "HEAD_DIM_V": 128, "BLOCK_D": 64, "BLOCK_DV": 128}
+    for usual in (USUAL, backward, {"CAUSAL": True, "D": 128, "HEAD_DIM": 80}, {"BLOCK_K": 64}):
+        assert _release_in(HOPPER, **usual) == ("12.8", {})
+    for other in ("LEFT", "SOFTCAP", "ALIBI", "BIAS", "PAGE"):
+        assert _release_in(HOPPER, **USUAL, **{other: 1}) == ("12.9", {"ptx_version": 88})
+    for narrower in (USUAL | {"DV": 24}, USUAL | {"D": 40}, backward | {"HEAD_DIM": 40}):
+        assert _release_in(HOPPER, **narrower) == ("12.9", {"ptx_version": 88})
     assert triton.knobs.nvidia.ptxas.path == ptxas
     assert not [p for p in toolchain.problems("sm_90") if p.code == "ptxas"]
 

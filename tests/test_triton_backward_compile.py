@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -60,6 +61,7 @@ def launch(kind: str, call: backward_launch.Problem, tile: Tile) -> Launch:
     return backward_launch.bias_launch(call, delta, sums, tile)
 
 
+@functools.cache
 def compiled(kind: str, arch: str, head_dim: int, heavy: bool = False, **options: Any) -> Compiled:
     """Compile a kernel with its shipped tile."""
     call = problem(head_dim, bias=torch.bfloat16, **options) if kind == "bias" else problem(head_dim, **options)
@@ -104,8 +106,17 @@ def test_hopper(kind: str, head_dim: int) -> None:
     assert spills_in_the_loop(found.sass) <= inner
 
 
-@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "sm_90"])
-@pytest.mark.parametrize("kind", ["fused", "dkv", "dq"])
+#: Every kind where it is the default or most used, and dkv, the largest, everywhere; all of them with the slow tests.
+OTHERS = [("fused", "sm_80"), ("dq", "sm_80"), ("dq", "gfx942"), *[("dkv", arch) for arch in ARCHS if arch != "sm_90"]]
+SLOW = [
+    pytest.param(kind, arch, marks=pytest.mark.slow)
+    for arch in ARCHS
+    for kind in ("fused", "dq")
+    if arch != "sm_90" and (kind, arch) not in OTHERS
+]
+
+
+@pytest.mark.parametrize(("kind", "arch"), [*OTHERS, *SLOW])
 def test_other_architectures(kind: str, arch: str) -> None:
     """Head size 128, the widest that models use: fits, on the matrix unit, without spills."""
     assert_fits(compiled(kind, arch, 128), arch)
@@ -153,7 +164,9 @@ def test_far_apart_rows_take_64_bit_offsets() -> None:
     assert compile_launch(made, "sm_80").instructions["HMMA"]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    "arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90", pytest.param("gfx942", marks=pytest.mark.slow)]
+)
 def test_fp32(arch: str) -> None:
     """IEEE products on NVIDIA are not on tensor cores (their TF32 is not fp32); with TF32 allowed they are."""
     found = compiled("dkv", arch, 64, dtype=torch.float32)

@@ -1,12 +1,12 @@
-"""Which ptxas assembles a kernel: Triton's own, but for large kernels on Hopper not the one of CUDA 12.8.
+"""Which ptxas assembles a kernel: Triton's own, but on Hopper, for kernels that nobody looked at, not CUDA 12.8's.
 
-That ptxas (12.8.61 and 12.8.93, which Triton 3.6 and 3.7 bring) forgets in large kernels that it has given a uniform
+That ptxas (12.8.61 and 12.8.93, which Triton 3.6 and 3.7 bring) forgets in some kernels that it has given a uniform
 register to something else, and makes the descriptor of a later wgmma from it: the product then reads shared memory from
 anywhere, and numbers are wrong or the access is illegal. The same PTX assembled by 12.4 to 12.6, 12.9 and 13 is right.
 Triton carries a newer one beside it, for Blackwell; `toolchain.hopper_ptxas` finds it. docs/triton.md has the evidence.
 
-Kernels without options keep Triton's own, by which they were measured: they are few, the tests look at the descriptors
-of each, and the 13.1 of Triton 3.7 spills more in those that take all registers.
+Calls of the usual kind (`_usual`) keep Triton's own: those kernels are few, they were measured with it, the tests look
+at the descriptors of each, and the 13.1 of Triton 3.7 spills more where a kernel takes all registers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def assembling(constexprs: Mapping[str, Any], target: Any) -> Iterator[dict[str,
     Yields:
         further options of the compiler, which keep the kernel apart in Triton's caches from what another ptxas made.
     """
-    if target.backend != "cuda" or target.arch != 90 or not any(map(constexprs.get, _OPTIONS)):
+    if target.backend != "cuda" or target.arch != 90 or _usual(constexprs):
         yield {}
         return
     with contextlib.ExitStack() as stack:
@@ -46,6 +46,15 @@ def assembling(constexprs: Mapping[str, Any], target: Any) -> Iterator[dict[str,
             if found is not None:
                 stack.enter_context(_taking(found.path))
         yield {} if found is None else {"ptx_version": compiler.ptx_get_version(found.release)}
+
+
+def _usual(constexprs: Mapping[str, Any]) -> bool:
+    """Tell whether a kernel is one of few: no attention, or not paged, without options, heads as wide as tiles."""
+    if "BLOCK_D" not in constexprs:
+        return True
+    heads = [constexprs.get(a, constexprs.get(b)) for a, b in (("D", "HEAD_DIM"), ("DV", "HEAD_DIM_V"))]
+    fills = heads == [constexprs["BLOCK_D"], constexprs["BLOCK_DV"]]
+    return fills and "PAGE" not in constexprs and not any(map(constexprs.get, _OPTIONS))
 
 
 @contextlib.contextmanager

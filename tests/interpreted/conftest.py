@@ -18,7 +18,8 @@ if find_spec("triton") is None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _corrected_interpreter() -> Iterator[None]:
+    import caches
     import patches
 
-    with patches.applied():
+    with patches.applied(), caches.applied():
         yield

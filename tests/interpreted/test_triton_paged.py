@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -296,7 +297,8 @@ def test_offsets_beyond_two_to_the_31() -> None:
     """One block lies 2^31 elements behind the other, in memory that nobody ever touches."""
     call = make([1], [20], heads=1, kv_heads=1, head_dim=16)
     far = 2**31 + 16
-    memory = torch.empty(far + 16 * 16, dtype=torch.float16)
+    # Pages of zeros that exist once they are touched; torch.empty would be filled here.
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (far + 16 * 16)), dtype=torch.float16)
     cache = memory.as_strided((2, 16, 1, 16), (far, 16, 16, 1))
     for j in range(2):
         cache[j] = call.k_cache[call.block_table[0, j]]
