@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import re
 import threading
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from vllm_accel.dispatch.spec import Feature
 from vllm_accel.kernels.triton import launch, toolchain
 from vllm_accel.kernels.triton.assembling import assembling
 from vllm_accel.kernels.triton.forward import attention_forward
-from vllm_accel.testing import CASES, PAGED_CASES
+from vllm_accel.testing import CASES, PAGED_CASES, Case
 from vllm_accel.testing.conformance import kernel_call
 from vllm_accel.testing.conformance_paged import paged_kernel_call
 
@@ -81,6 +82,33 @@ def test_the_kernels_that_were_wrong(call: Callable[[], None], launches: list[la
     assert len(bad_descriptors(wrong)) == 9, "of each loop's product with V all steps but the first"
     with pytest.raises(AssertionError, match="at random"):
         assert_fits(dataclasses.replace(compiled, sass=wrong), "sm_90", max_spills=10**6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
+def test_the_usual_kernels_are_sound(size: int, launches: list[launch.Launch]) -> None:
+    """Those that Triton's own ptxas assembles, forward and backward: any may be called, so each is looked at."""
+    lengths = (None, ((17, 17), (5, 33)))
+    for causal, packed, sinks in itertools.product((False, True), lengths, (False, True)):
+        case = Case(
+            "usual", "", lengths=packed, num_heads=4, num_kv_heads=2, head_dim=size, head_dim_v=size, sinks=sinks,
+            options={"causal": causal}, lse_grad=True,
+        )  # fmt: skip
+        inputs = case.make(torch.bfloat16)
+        leaves = [t.requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
+        call = kernel_call(BACKEND, PRESETS["h200"])
+        call(inputs.q, inputs.k, inputs.v, **inputs.options)
+        out, lse = call(*leaves, return_lse=True, **inputs.options)
+        torch.autograd.grad((out, lse), leaves, (torch.ones_like(out), torch.ones_like(lse)))
+    seen = set()
+    for made in launches:
+        kind = (made.fn.__name__, *made.constexprs.values(), *[t is None for t in made.args])
+        if kind not in seen:
+            seen.add(kind)
+            with assembling(made.constexprs, HOPPER) as other:
+                assert not other
+            assert not bad_descriptors(compile_launch(made, "sm_90").sass), kind
+    assert len(seen) >= 12
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
