@@ -18,7 +18,7 @@ import torch
 import vllm_accel
 from faults.vllm_accel_faulty import FAULTS, VERSION, Faulty, install
 from vllm_accel import attention, explain
-from vllm_accel.cli import doctor, doctor_backends, doctor_machine, doctor_probe
+from vllm_accel.cli import doctor, doctor_backends, doctor_caches, doctor_machine, doctor_probe
 from vllm_accel.dispatch import probed, quarantine, registry
 from vllm_accel.dispatch.device import detect, preset
 from vllm_accel.dispatch.selection import State
@@ -183,6 +183,11 @@ def test_a_corrupt_file_of_verdicts_is_ignored_with_one_message(
         assert attention(*tensors()).isfinite().all()
         assert attention(*tensors(), causal=True).isfinite().all()
     assert sum("probed.json is ignored" in record.getMessage() for record in caplog.records) == 1
+    assert "probed.json is ignored: " in str(explain(attention, *tensors()))
+    (problem,) = doctor_caches.problems(None)
+    assert "probed.json is ignored: " in problem.text and problem.fix.endswith("vllm-accel doctor --probe")
+    probed.record([])  # what the doctor does puts a sound file in its place
+    assert doctor_caches.problems(None) == []
 
 
 def test_verdicts_that_cannot_be_stored_are_a_problem(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from tables import CPU, choice, row, spec_of, table, write
 from vllm_accel import attention, explain, reload_settings
-from vllm_accel.cli import main
+from vllm_accel.cli import doctor_caches, main
 from vllm_accel.dispatch import measured
 from vllm_accel.dispatch import settings as settings_module
 from vllm_accel.dispatch.device import detect
@@ -123,10 +123,17 @@ def test_a_corrupt_table_is_put_aside_and_measuring_goes_on(
     with caplog.at_level(logging.WARNING, "vllm_accel"):
         _right()
         assert "nothing measured" in choice().decided_by
-    assert "is ignored" in caplog.text and path.name in caplog.text
+        assert f"note: {path} is ignored: " in str(choice())
+    assert caplog.text.count("is ignored") == 1 and path.name in caplog.text
+    (problem,) = doctor_caches.problems(detect(CPU))
+    assert (
+        problem.text.startswith(f"{path} is ignored: ")
+        and problem.fix == "Delete it, or measure again: vllm-accel tune"
+    )
     assert main(["tune", "--device", "cpu", "--shapes", shapes]) == 0
     assert f"it is now {path.name}.unreadable" in capsys.readouterr().out
     assert len(parse(path.read_text()).rows) == 1 and path.with_name(f"{path.name}.unreadable").exists()
+    assert "ignored" not in str(choice()) and doctor_caches.problems(detect(CPU)) == []
 
 
 def test_a_folder_in_place_of_the_table_is_ignored(caplog: pytest.LogCaptureFixture) -> None:

@@ -102,6 +102,7 @@ def examine(probed: Probed | None = None) -> dict[str, Any]:
         *(each.problems for each in examined),
         doctor_settings.problems,
         lambda: doctor_machine.problems(device),
+        lambda: doctor_caches.problems(device),
     ):
         more, lost = _attempt(find, [])
         problems += more if lost is None else [Problem(f"a check failed: {lost}", "", SOMETHING_BROKEN)]

@@ -6,8 +6,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from vllm_accel.cli.doctor_backends import Problem
 from vllm_accel.cli.doctor_machine import read
+from vllm_accel.cli.doctor_settings import settings_error
 from vllm_accel.dispatch import measured, probed
+from vllm_accel.dispatch.device import Device
 from vllm_accel.kernels.triton import tiles, toolchain
 
 _MIB = 1024**2
@@ -25,6 +28,18 @@ def cache_rows() -> list[dict[str, str]]:
         "verdicts": (lambda: probed.user_file().parent, "what `vllm-accel doctor --probe` writes; VLLM_ACCEL_TABLES"),
     }
     return [{"cache": name, **_row(find), "for": use} for name, (find, use) in places.items()]
+
+
+def problems(device: Device | None) -> list[Problem]:
+    """Return the files of measurements and verdicts that do not count: choice goes on without them."""
+    if settings_error() is not None:
+        return []  # where the files are is a setting
+    texts = [*(measured.ignored(device) if device is not None else ()), *filter(None, [probed.ignored()])]
+    found = []
+    for text in texts:
+        what, _, action = text.rpartition(". ")
+        found.append(Problem(what or text, action if what else f"measure again: {measured.COMMAND}", 1))
+    return found
 
 
 def _row(find: Callable[[], Path | None]) -> dict[str, str]:

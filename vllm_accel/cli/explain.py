@@ -91,8 +91,8 @@ def show(selection: Any, title: str = "") -> None:
     out.print(console.table(("backend", "state", *(["time"] if timed else []), "why"), rows))
     if selection.assumed:
         out.print(console.plain("This machine has no such device: every package is taken as installed."))
-    for text in selection.settings:
-        out.print(console.plain(f"setting {text}"))
+    for text in selection.remarks():
+        out.print(console.plain(text))
 
 
 def _attention_call(given: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

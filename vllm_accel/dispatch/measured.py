@@ -107,7 +107,12 @@ def sources(device: Device) -> tuple[Source, ...]:
     Read once per process; `forget` and `reload_settings` read again. A file that cannot be read is logged and ignored.
     Beside a pinned table no other counts.
     """
-    return _read(table_name(device), shipped_file(device), user_file(device))
+    return _read(table_name(device), shipped_file(device), user_file(device))[0]
+
+
+def ignored(device: Device) -> tuple[str, ...]:
+    """Say which of a device's files do not count, and why: sentences that name the file and what to do."""
+    return _read(table_name(device), shipped_file(device), user_file(device))[1]
 
 
 def effective(device: Device) -> Table | None:
@@ -129,26 +134,28 @@ def forget() -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _read(name: str, *paths: Path) -> tuple[Source, ...]:
-    found = []
+def _read(name: str, *paths: Path) -> tuple[tuple[Source, ...], tuple[str, ...]]:
+    found, ignored = [], []
     for path in paths:
         try:
             table = parse(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            logger.warning("%s is ignored: %s. Delete it, or measure again: %s", path, error, COMMAND)
+            ignored.append(f"{path} is ignored: {error}. Delete it, or measure again: {COMMAND}")
             continue
         if table.device != name:
-            logger.warning("%s is ignored: it is about %s. Measure here: %s", path, table.device, COMMAND)
+            ignored.append(f"{path} is ignored: it is about {table.device}. Measure here: {COMMAND}")
         elif table.policy != POLICY:
-            logger.warning("%s is ignored: it was measured by another policy. Measure again: %s", path, COMMAND)
+            ignored.append(f"{path} is ignored: it was measured by another policy. Measure again: {COMMAND}")
         elif minor(table.torch) == minor(str(torch.__version__)):
             found.append(Source.made(path, table))
         elif table.pinned:
-            logger.warning("%s is pinned, and does not count: it is of torch %s", path, table.torch)
+            ignored.append(f"{path} is pinned, and does not count: it is of torch {table.torch}")
+    for text in ignored:
+        logger.warning("%s", text)
     pinned = [source for source in found if source.table.pinned]
-    return tuple(pinned[-1:] or found)
+    return tuple(pinned[-1:] or found), tuple(ignored)
 
 
 settings_module.on_reload(_read.cache_clear)

@@ -85,7 +85,7 @@ def parts_of(op: str, spec: Any) -> tuple[str, ...]:
 
 def reason_for(op: str, backend: Any, spec: Any, device: Device) -> Reason | None:
     """Return why the probe's verdict speaks against a kind of call, None if it does not."""
-    verdicts = _read(user_file())
+    verdicts, _ = _read(user_file())
     verdict = verdicts.get((op, backend.name, measured.table_name(device))) if verdicts else None
     if verdict is None or any(getattr(verdict, name) != now for name, now in environment(device).items()):
         return None
@@ -111,7 +111,7 @@ def record(verdicts: Iterable[Verdict]) -> Path:
     path = user_file()
     with locked(path):
         forget()
-        kept = dict(_read(path))
+        kept = dict(_read(path)[0])
         for verdict in verdicts:
             kept.pop((verdict.op, verdict.backend, verdict.device), None)
             if verdict.broken:
@@ -135,15 +135,21 @@ def forget() -> None:
     plan.invalidate()
 
 
+def ignored() -> str | None:
+    """Say why the file of verdicts does not count, None if it does or is not there."""
+    return _read(user_file())[1]
+
+
 @functools.lru_cache(maxsize=8)
-def _read(path: Path) -> Mapping[tuple[str, str, str], Verdict]:
+def _read(path: Path) -> tuple[Mapping[tuple[str, str, str], Verdict], str | None]:
     try:
-        return _parse(path.read_text(encoding="utf-8"))
+        return _parse(path.read_text(encoding="utf-8")), None
     except FileNotFoundError:
-        return {}
+        return {}, None
     except (OSError, ValueError) as error:
-        logger.warning("%s is ignored: %s. Delete it, or probe again: %s", path, error, COMMAND)
-        return {}
+        text = f"{path} is ignored: {error}. Delete it, or probe again: {COMMAND}"
+        logger.warning("%s", text)
+        return {}, text
 
 
 def _parse(text: str) -> dict[tuple[str, str, str], Verdict]:

@@ -64,7 +64,8 @@ class Selection:
         chosen: name of the backend that the call runs, None if none can.
         candidates: every backend, in the order tried.
         decided_by: what made the choice, in words.
-        settings: environment variables in force, and what changed since they were read.
+        settings: environment variables in force, what changed since they were read, and files of measurements or
+            verdicts that do not count.
         assumed: packages were not looked for, because the device is not on this machine.
     """
 
@@ -130,5 +131,9 @@ class Selection:
             lines.append(f" {mark} {c.name:<{width}}  {c.state.value}" + (f": {said}" if said else ""))
         if self.assumed:
             lines.append("   (this machine has no such device: every package is taken as installed)")
-        lines += [f"   setting {text}" for text in self.settings]
+        lines += [f"   {text}" for text in self.remarks()]
         return "\n".join(lines)
+
+    def remarks(self) -> list[str]:
+        """Return `settings` as lines: a variable of ours is a setting, everything else a note."""
+        return [f"{'setting' if text.startswith('VLLM_') else 'note:'} {text}" for text in self.settings]

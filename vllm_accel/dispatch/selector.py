@@ -244,6 +244,8 @@ def _settings_text(question: Question) -> tuple[str, ...]:
     current = settings()
     changed = changed_since_read()
     lines = [f"{name}={value}" for name, value in current.raw]
+    lines += measured.ignored(question.device)
+    lines += filter(None, [probed.ignored()])
     lines += [f"{name} has changed since it was read; reload_settings() takes it over" for name in changed]
     if current.use_triton and question.device.type != "cuda":
         lines.append(f"{TRITON} has no effect on {question.device.type}: our Triton kernels are for GPUs")
