@@ -171,3 +171,37 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out
     assert main(["recommend", "--device", "rtx9999"]) == 2
     assert capsys.readouterr().err.startswith("vllm-accel recommend: device 'rtx9999' is not known; known: v100, t4")
+
+
+@pytest.mark.parametrize(
+    ("device", "runs"),
+    [
+        ("h200", ["cublas", "triton", "triton", "triton"]),
+        ("rtx4090", ["cublas", "triton", "triton", "triton"]),
+        ("t4", ["cublas", "reference", "reference", "reference"]),
+        ("cpu", ["cpu"] * 4),
+        ("mps", ["reference"] * 4),
+    ],
+)
+def test_products_of_a_layer(device: str, runs: list[str]) -> None:
+    rows = recommend(preset(device), CUDA_12)["products"]
+    assert [row["runs"] for row in rows] == runs
+    assert rows[0]["product"] == ("dense, fp16" if device == "t4" else "dense, bf16")
+    masked = [row for row in rows if "once for each of 8 groups" in row["about"]]
+    assert len(masked) == (3 if device == "t4" else 0)
+
+
+def test_deep_gemm_is_named_where_it_runs() -> None:
+    for device, named in (("h200", True), ("b200", False), ("a100", False)):
+        optional = recommend(preset(device), CUDA_12)["optional"]
+        assert ("deep-gemm" in [entry["package"] for entry in optional]) is named
+
+
+def test_a_wrong_setting_is_wrong_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("vllm_accel.dispatch.settings._current", None)
+    monkeypatch.setenv("VLLM_ACCEL_CHECK", "perhaps")
+    assert main(["recommend", "--device", "h200"]) == 2
+    assert "is not a switch" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["recommend", "--device", "h200"]) == 0
+    assert "tokens by expert, FP8 by blocks of 128" in capsys.readouterr().out

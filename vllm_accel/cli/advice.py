@@ -117,6 +117,12 @@ PACKAGES: dict[str, Package] = {
         ("gemm:cutlass",),
         ("These are headers (4.2 carries them); compiling with them needs nvcc.",),
     ),
+    "deep-gemm": Package(
+        "./install.sh  # in a recursive clone of https://github.com/deepseek-ai/DeepGEMM",
+        "DeepGEMM: e4m3 products by blocks of 128, dense and by expert, for Hopper",
+        ("gemm:deep_gemm",),
+        ("It needs nvcc 12.9 at run time too: kernels are compiled at their first call. Not tried by us.",),
+    ),
     "tensorrt-llm": Package(
         "docker run --gpus all <the TensorRT-LLM release image of the NVIDIA NGC catalogue>",
         "TensorRT-LLM, NVIDIA's engine: the document's choice for maximum performance on H100",
@@ -151,7 +157,7 @@ GROUPS: dict[str, Group] = {
         "FlashAttention runs here (Ampere and newer), 3 before 2 on Hopper; Triton and CUTLASS add kernels that pay.",
         (*_FLASH, "triton", "nvidia-cutlass"),
         ("tensorrt-llm",),
-        ("flash-attn-3", "flash-attn-4"),
+        ("flash-attn-3", "flash-attn-4", "deep-gemm"),
     ),
     "consumer": Group(
         "RTX 3080 / 3090 / 4080 / 4090 (consumer GPU)",

@@ -12,6 +12,7 @@ from packaging.version import Version
 from vllm_accel.cli import console
 from vllm_accel.cli.advice import PACKAGES, Group, group_for
 from vllm_accel.cli.machine import Machine, carries, named_device, this_machine, version_text
+from vllm_accel.cli.recommend_products import products
 from vllm_accel.dispatch import registry
 from vllm_accel.dispatch.device import Device, is_local
 
@@ -52,12 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Print the recommendation. Exit code 0, 2 for an unknown device."""
+    """Print the recommendation. Exit code 0, 2 for an unknown device or a wrong setting."""
     try:
-        device = named_device(given.device)
+        advice = recommend(named_device(given.device), this_machine())
     except ValueError as error:
         return console.wrong_use("recommend", error)
-    advice = recommend(device, this_machine())
     if given.json:
         console.print_json(advice)
     else:
@@ -98,6 +98,7 @@ def recommend(device: Device, machine: Machine) -> dict[str, Any]:
             {"name": c.name, "needs": c.needs, "found": c.found, "met": c.ok}
             for c in (checks(device, machine, group) if device.platform == "cuda" else ())
         ],
+        "products": products(device),
         "notes": [*group.notes, *_torch_notes(device, machine, group)],
     }
 
@@ -208,5 +209,8 @@ def show(advice: dict[str, Any]) -> None:
         rows = [(c["name"], c["needs"], c["found"], Check("", "", "", c["met"]).state) for c in advice["checks"]]
         out.print()
         out.print(console.table(("requirement", "needs", "found", "met"), rows))
+    rows = [(row["product"], row["runs"], row["about"]) for row in advice["products"]]
+    out.print()
+    out.print(console.table(("matrix product", "runs on", "what to know"), rows))
     for note in advice["notes"]:
         out.print(console.plain(f"! {note}"))

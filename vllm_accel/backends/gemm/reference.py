@@ -27,7 +27,7 @@ _TILE = 64
 
 
 def _every_group(spec: GemmSpec, device: Device) -> str | None:
-    if device.type == "cuda" and spec.form in (Form.GROUPED_M, Form.GROUPED_K):
+    if device.type == "cuda" and spec.form in (Form.GROUPED_M, Form.GROUPED_K, Form.MOE):
         return f"multiplies all rows once for each of {spec.groups} groups, and masks"
     return None
 
