@@ -116,21 +116,28 @@ def paged_attention(
         BITS, Q_BITS: the caches, or q, are bytes of e4m3. NORM: q gives up its exponents (`row_power`).
         DTYPE: of the products.
     """
+    # Splits run slowest: those that a sequence turns out not to need (`shares`) come last, when places are free.
     index = tl.program_id(0)
     kv_head = index % num_kv_heads
     index = index // num_kv_heads
-    split = index % num_splits
-    tile = (index // num_splits) % tiles
+    tile = index % tiles
+    index = index // tiles
     num_heads = num_kv_heads * GROUP
     if SEARCH:
+        split = index
         # The last tiles of a causal sequence have most to do: they go first.
         sequence, tile = find_sequence(tiles - 1 - tile, cu_seqlens, batch, tokens, GROUP, BLOCK_M)
     else:
-        sequence = index // (num_splits * tiles)
+        sequences = tl.num_programs(0) // (num_kv_heads * tiles * num_splits)
+        sequence = index % sequences
+        split = index // sequences
     first, len_q = query_span(cu_seqlens, sequence, batch, tokens)
     if sequence == batch:
-        count = num_splits * tiles
-        zero_rows(out_ptr, lse_ptr, index % count, count, first, tokens, num_heads, kv_head, GROUP, DV, BLOCK_DV)
+        mine = tiles  # programs of a split that have these rows
+        if SEARCH:
+            mine = tiles - (first * GROUP // BLOCK_M + batch)
+        share, count = split * mine + tile, num_splits * mine
+        zero_rows(out_ptr, lse_ptr, share, count, first, tokens, num_heads, kv_head, GROUP, DV, BLOCK_DV)
         return
     if (tile * BLOCK_M >= len_q * GROUP) | (len_q < low_q) | (len_q > high_q):
         return

@@ -18,7 +18,7 @@ DECODE_TOKENS = 8
 MIN_SPLIT = 256
 #: Splits of one launch at most: 64k keys and one key head still fill half of an H200's 4 * 132 places.
 MAX_SPLITS = 256
-#: A sequence may get so many times the splits of a mean one. Programs without keys end at once, but are launched.
+#: A sequence may get so many times the splits of a mean one. Programs without keys end at once, and are launched last.
 UNEVEN = 4
 #: Keys of a split where nothing about the batch may change a sum. Compiled, not timed.
 INVARIANT_SPLIT = 1024

@@ -306,6 +306,15 @@ def test_offsets_beyond_two_to_the_31() -> None:
     check(replace(call, k_cache=cache, v_cache=cache, block_table=table))
 
 
+@pytest.mark.parametrize("num_splits", [0, 3])
+@pytest.mark.parametrize("q_lens", [[20], [20, 1], [1, 2]], ids=str)
+def test_every_row_past_the_last_sequence_is_zero(q_lens: list[int], num_splits: int) -> None:
+    """Many more than there are programs: a batch that was padded to the size of a captured graph."""
+    call = make(q_lens, [40] * len(q_lens), heads=4, kv_heads=2, head_dim=16, tail=700)
+    out, lse = kernel_of(call, num_splits).forward(call.q, call.k_cache, call.v_cache, arguments(call, causal=True))
+    assert lse is not None and not out[sum(q_lens) :].any() and (lse[:, sum(q_lens) :] == float("-inf")).all()
+
+
 @pytest.mark.parametrize("q_lens", [[1, 1], [9, 1]])
 def test_wrong_tables_touch_nothing_outside(q_lens: list[int]) -> None:
     """The interpreter reads through raw addresses: an access outside would crash, or bring in other numbers."""
