@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_accel.dispatch.device import Device
-from vllm_accel.dispatch.estimate import Estimate
 from vllm_accel.errors import Reason
+
+if TYPE_CHECKING:
+    from vllm_accel.dispatch.estimate import Estimate
 
 
 class State(enum.Enum):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_accel.dispatch import measured, preference, probed, quarantine, registry, warm
+from vllm_accel.dispatch import preference, quarantine, registry, warm
 from vllm_accel.dispatch.backend import Backend
 from vllm_accel.dispatch.capability import Capability, Guard, refusals
 from vllm_accel.dispatch.device import Device, is_local
-from vllm_accel.dispatch.ranking import Ranking, modelled, rank
 from vllm_accel.dispatch.selection import Candidate, Selection, State
 from vllm_accel.dispatch.settings import TRITON, Settings, changed_since_read, settings
 from vllm_accel.dispatch.spec import Feature
 from vllm_accel.errors import Reason
+
+if TYPE_CHECKING:  # imported at the first choice: tables of times are no part of `import vllm_accel`
+    from vllm_accel.dispatch.ranking import Ranking
 
 #: A first call may compile this long before the backend has to be warmed up first (SPEC 4.8).
 MAX_FIRST_CALL_SECONDS = 2.0
@@ -53,6 +55,9 @@ class Verdict(NamedTuple):
 
 def ranked(question: Question, current: Settings, *, everything: bool) -> Ranking:
     """Return every backend of the operation in the order in which this question tries them, with measured times."""
+    from vllm_accel.dispatch import measured
+    from vllm_accel.dispatch.ranking import modelled, rank
+
     op = question.op
     automatic = registry.ordered(op, preference.shipped_order(op, question.device, question.spec))
     triton_first = op == "attention" and current.use_triton and question.device.type == "cuda"
@@ -85,6 +90,8 @@ def ranked(question: Question, current: Settings, *, everything: bool) -> Rankin
 
 def walk(question: Question, *, everything: bool, ranking: Ranking | None = None) -> Iterator[Verdict]:
     """Judge the candidates in order. Without `everything`, those not asked for are left out."""
+    from vllm_accel.dispatch.ranking import Ranking
+
     current = settings()
     if ranking is None:
         needed = question.asked is None or everything
@@ -159,6 +166,8 @@ def _found_broken(backend: Backend, question: Question) -> Reason | None:
     """Say what the doctor's probe found wrong with a backend; nothing is known about a device that is not here."""
     if question.assume_available:
         return None
+    from vllm_accel.dispatch import probed
+
     return probed.reason_for(question.op, backend, question.spec, question.device)
 
 

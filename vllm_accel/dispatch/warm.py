@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_accel.dispatch import built, plan
+from vllm_accel.dispatch import plan
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.gemm_spec import GemmSpec
 from vllm_accel.dispatch.spec import Feature
@@ -16,6 +16,8 @@ _verdicts: dict[tuple[str, str, Device], bool] = {}
 
 def is_warm(op: str, backend: str, spec: Any, device: Device) -> bool:
     """Tell whether the kernels for this kind of call, at any length, have been built: here, or on disk by the tuner."""
+    from vllm_accel.dispatch import built  # reads files of the tuner: no part of `import vllm_accel`
+
     return (op, backend, spec.compile_kind(), device) in _warm or built.is_built(op, backend, spec, device)
 
 
