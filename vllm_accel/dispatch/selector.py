@@ -250,6 +250,8 @@ def _decided_by(question: Question, chosen: str | None, ranking: Ranking) -> str
 
 
 def _settings_text(question: Question) -> tuple[str, ...]:
+    from vllm_accel.dispatch import measured, probed
+
     current = settings()
     changed = changed_since_read()
     lines = [f"{name}={value}" for name, value in current.raw]
