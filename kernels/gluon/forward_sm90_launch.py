@@ -162,18 +162,22 @@ class BoundForward:
 
     Tensors must be on the current device; its current stream is used. q, k and v must have addresses
     that are multiples of 16 bytes, and the strides of the launch.
+
+    Args:
+        launch: may be of meta tensors; none of its tensors is kept. index: of the device.
     """
 
-    __slots__ = ("_constants", "_fixed", "_grid", "_index", "_key", "_launch", "_tails")
+    __slots__ = ("_constants", "_described", "_fixed", "_grid", "_index", "_key", "_launch", "_tails")
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, index: int) -> None:
         descriptors = launch.args[:3]
-        device = descriptors[0].base.device
-        self._launch, self._grid, self._index = launch, launch.grid, device.index or 0
+        # Without its tensors: a plan must keep no caller's memory alive.
+        self._launch, self._grid, self._index = launch._replace(args=launch.args[8:]), launch.grid, index
+        self._described = [(d.shape, d.strides, d.block_shape, d.layout) for d in descriptors]
         self._tails = [(d.shape, d.strides) for d in descriptors]
         self._constants = tuple(launch.constexprs.values())
         self._fixed = (*launch.args[8:], *self._constants)
-        self._key = (self._constants, descriptors[0].base.dtype, self._index)
+        self._key = (self._constants, descriptors[0].base.dtype, index)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
@@ -193,11 +197,8 @@ class BoundForward:
         )  # fmt: skip
 
     def _first(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
-        described = [
-            TensorDescriptor(t, d.shape, d.strides, d.block_shape, d.layout)
-            for t, d in zip((q, k, v), self._launch.args, strict=False)
-        ]
-        kernel = run(self._launch._replace(args=(*described, *rest, *self._launch.args[8:])))
+        described = [TensorDescriptor(t, *how) for t, how in zip((q, k, v), self._described, strict=True)]
+        kernel = run(self._launch._replace(args=(*described, *rest, *self._launch.args)))
         if _DIRECT:
             _compiled[self._key] = (kernel.run, kernel.function, kernel.packed_metadata)
 

@@ -116,13 +116,19 @@ class GluonAttention:
         ready_q, ready_k, ready_v = (_conversion(t, self._launches.strides_are_ready(t)) for t in (q, k, v))
         out_shape, lse_shape = (*lead, tokens, heads, head_dim_v), (*lead, heads, tokens)
         dtype, device, empty = q.dtype, q.device, torch.empty
+        # Described by tensors that take no memory: a copy for TMA, and out, are made by the call alone.
+        meta_q, meta_k, meta_v = (
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in (q, k, v)
+        )
         bound = self._launches.BoundForward(
             self._launches.forward_launch(
-                ready_q(q), ready_k(k), ready_v(v), q.new_empty(out_shape), q.new_empty(lse_shape, dtype=torch.float32),
+                ready_q(meta_q), ready_k(meta_k), ready_v(meta_v), meta_q.new_empty(out_shape),
+                meta_q.new_empty(lse_shape, dtype=torch.float32),
                 cu_seqlens_q=args.cu_seqlens_q, cu_seqlens_k=args.cu_seqlens_k, max_seqlen_q=args.max_seqlen_q,
                 max_seqlen_k=args.max_seqlen_k, softmax_scale=args.softmax_scale, causal=args.causal,
                 head_dim_v=head_dim_v, variant=self._variant, sm_count=self._device.sm_count,
-            )
+            ),
+            q.device.index or 0,
         )  # fmt: skip
 
         def forward(
