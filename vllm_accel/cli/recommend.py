@@ -209,8 +209,8 @@ def show(advice: dict[str, Any]) -> None:
         rows = [(c["name"], c["needs"], c["found"], Check("", "", "", c["met"]).state) for c in advice["checks"]]
         out.print()
         out.print(console.table(("requirement", "needs", "found", "met"), rows))
-    rows = [(row["product"], row["runs"], row["about"]) for row in advice["products"]]
+    products = [(row["product"], row["runs"], row["about"]) for row in advice["products"]]
     out.print()
-    out.print(console.table(("matrix product", "runs on", "what to know"), rows))
+    out.print(console.table(("matrix product", "runs on", "what to know"), products))
     for note in advice["notes"]:
         out.print(console.plain(f"! {note}"))
