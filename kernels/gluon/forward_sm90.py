@@ -19,6 +19,10 @@ products, so that the softmax of one runs under the products of the other.
 
 V rows past a packed sequence's end belong to somebody else and may hold NaN; 0 * NaN is NaN, so they are zeroed in
 shared memory. Both consumers do it, with the same bytes, each before its own first product with that tile.
+
+Layouts: descriptors over (B, heads, S, D), any strides that are multiples of 16 bytes, or packed (T, heads, D) as one
+sequence; out contiguous (B, S, H, Dv) or (T, H, Dv), lse fp32 (B, H, S) or (H, T). Tiles: `VARIANTS` in
+`forward_sm90_launch`, by head size.
 """
 
 from triton.experimental import gluon

@@ -1,4 +1,13 @@
-"""Join attention over disjoint sets of keys by its log-sum-exp: splits of one launch, or anybody's partial results."""
+"""Join attention over disjoint sets of keys by its log-sum-exp: splits of one launch, or anybody's partial results.
+
+With m the largest lse of the parts: out = sum 2^(lse - m) out_part / sum 2^(lse - m) (FlashDecoding,
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html). A part without keys has -inf and weighs nothing; a sink is one
+more term of the denominator.
+
+Layouts: partial results as `paged` writes them; outs to merge contiguous (B, S, H, Dv), lses (B, H, S).
+Tiles: a program joins one row of one head, BLOCK_S splits at a time, or merges BLOCK_R rows; `paged_launch` and
+`merge_launch` choose them by the head size, no table.
+"""
 
 import triton
 import triton.language as tl

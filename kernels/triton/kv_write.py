@@ -1,4 +1,11 @@
-"""Put new keys and values into a paged cache, in the cache's dtype: one read and one write of each number."""
+"""Put new keys and values into a paged cache, in the cache's dtype: one read and one write of each number.
+
+Row t goes to slot ``slot_mapping[t]``, divided by the cache's factor and rounded to nearest even (the cache layout and
+the slots of PagedAttention, arXiv 2309.06180); a slot that names no place is passed over. Memory is all that it costs.
+
+Layouts: k, v (T, heads, D / Dv), caches (num_blocks, block_size, heads, D / Dv), any strides with the innermost 1.
+Tiles: a program writes heads of one token, all their channels; no table.
+"""
 
 import triton
 import triton.language as tl

@@ -2,6 +2,8 @@
 
 Absorbed form (DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1): a row holds DV channels of compressed keys
 and values and ROPE channels of rotary key; all query heads share it. `paged.paged_attention` does the rest.
+
+Layouts: as in `paged`, with one key head, and values a view of the keys. Tiles: `tiles/mla.json`.
 """
 
 import triton
