@@ -16,6 +16,7 @@ step generate 120 "$python" -m benchmarks.generate --rounds 3 --tokens 8 --json 
 step tune 70 "$python" -m vllm_accel.cli tune --op attention,paged --device cpu --budget 60s
 step selection 130 "$python" -m benchmarks.selection --count 96 --budget 110s --json "$out/selection.json"
 step conformance 120 "$python" -m vllm_accel.testing --where cpu --dtypes bf16,fp32 --json "$out/conformance.json"
+step gemm_conformance 60 "$python" -m benchmarks.gemm --check --json "$out/gemm_conformance.json"
 step gemm 60 "$python" -m benchmarks.gemm --budget 45 --json "$out/gemm.json"
 step attention 60 "$python" -m benchmarks.attention --rounds 5 --json "$out/attention.json"
 step lengths 60 "$python" -m benchmarks.lengths --device cpu --budget 45 --json "$out/lengths.json"

@@ -40,14 +40,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def evidence(folder: Path = ROOT / "benchmarks" / "results") -> dict[str, set[str]]:
-    """Return, for each described device, the backends that a conformance file says ran there and were right."""
+    """Return, for each described device, the backends that a file says ran there, right; "gemm:x" for products."""
     ran: dict[str, set[str]] = {name: set() for name in PRESETS}
     for source in read([folder])[0]:
         if source.kind != "conformance":
             continue
         for name, device in PRESETS.items():
-            on_cpu = device.type == "cpu" and str(source.about.get("device", "")).startswith("cpu")
-            if on_cpu or (device.type == "cuda" and source.hardware == device.name):
+            if source.on_cpu if device.type == "cpu" else source.hardware == device.name:
                 ran[name] |= {backend for backend, outcome in outcomes(source) if outcome == "ran"}
     return ran
 
@@ -72,7 +71,7 @@ def cell(op: str, name: str, gpu: str, ran: dict[str, set[str]]) -> str:
     device = PRESETS[gpu]
     if not declares(op, name, device):
         return ""
-    if op == "attention" and name in ran[gpu]:
+    if (name if op == "attention" else f"{op}:{name}") in ran[gpu]:
         return RAN
     if op == "attention" and name in _OURS and device.arch in ARCHS:
         return COMPILED

@@ -93,6 +93,9 @@ def files() -> dict[str, Any]:
             {"name": "mixtral", "tflops": {"triton [128, 8]": 500.0, "triton [64, 4]": 600.0, "cublas_dense": 700.0}}]},
         "conformance": {"about": {**ABOUT, "gpu": "", "device": "cuda:0 (NVIDIA <Test>, sm_90)"},
                         "results": conformance},
+        "gemm_conformance": {"about": ON_CPU, "cases": {
+            "cpu": {"rows": "right", "fp8": "refused: takes no fp8", "bias": "FAILED AssertionError: 1"},
+            "cublas": {"": "not available: needs a GPU"}}},
         "known_bad": {"about": ABOUT, "known_bad": [{"name": "n", "link": "https://github.com/a/b/issues/1",
                                                       "reproduced": True, "detail": "NaN", "ours": "fine"}]},
     }  # fmt: skip
@@ -215,6 +218,18 @@ def test_products_are_shares_of_the_fastest() -> None:
     assert product.rates == {"triton": 6e14, "cublas_dense": 7e14}  # of the tiles, the fastest
 
 
+def test_the_checks_of_products_count() -> None:
+    data = files()["gemm_conformance"]
+    source = Source(Path("gemm_conformance.json"), kind_of(data), data)
+    assert source.on_cpu and table.outcomes(source) == [
+        ("gemm:cpu", "ran"), ("gemm:cpu", "refused"), ("gemm:cpu", "failed"), ("gemm:cublas", "unavailable"),
+    ]  # fmt: skip
+    attention = Source(Path("a.json"), "shapes", {**attention_file(), "about": ON_CPU})
+    data["cases"] = {"cutlass": data["cases"]["cpu"]}
+    rows = {row.library: row for row in table.table([attention, source])["c (X)"]}
+    assert rows["CUTLASS"].ran == "gemm:cutlass 1 / 1 / 1"
+
+
 def test_memory_of_both_kinds_of_file() -> None:
     data = files()["memory"]
     assert growth(Source(Path("m.json"), kind_of(data), data)) == {
@@ -289,7 +304,7 @@ def test_what_a_file_is() -> None:
     assert {name: kind_of(data) for name, data in files().items()} == {
         "attention": "shapes", "lengths": "lengths", "dispatch": "sections", "selection": "selection", "cpu": "cpu",
         "generate": "generate", "memory": "memory", "gpu_memory": "memory", "gemm": "gemm", "gpu_gemm": "gemm",
-        "conformance": "conformance", "known_bad": "known_bad",
+        "gemm_conformance": "conformance", "conformance": "conformance", "known_bad": "known_bad",
     }  # fmt: skip
     found = {"results": [{"name": "triton plain bf16", "seconds_in_all": 1.0, "outcome": "ran"}]}
     assert kind_of(found) == "conformance"

@@ -23,8 +23,10 @@ def test_evidence_is_what_ran_and_was_right(tmp_path: Path) -> None:
     write("a", "cuda:0 (NVIDIA A100, sm_80)", ("flash_attn_2", "ran"), ("xformers", "refused"), ("triton", "failed"))
     write("b", "cpu (AVX512)", ("cpu", "ran"))
     write("c", "cuda:0 (Some other GPU, sm_80)", ("sdpa_flash", "ran"))
+    cases = {"triton": {"rows": "right"}, "cublas": {"rows": "refused: it is grouped"}, "cutlass": {"rows": "FAILED x"}}
+    (tmp_path / "d.json").write_text(json.dumps({"about": {"gpu": "NVIDIA A100"}, "cases": cases}))
     found = matrix.evidence(tmp_path)
-    assert found["a100"] == {"flash_attn_2"}
+    assert found["a100"] == {"flash_attn_2", "gemm:triton"}
     assert found["cpu"] == {"cpu"}
     assert not any(found[name] for name in found if name not in ("a100", "cpu"))
 
@@ -35,6 +37,9 @@ def test_a_cell_says_the_best_that_is_known() -> None:
     assert matrix.cell("attention", "triton", "rtx4090", ran) == "yes+"
     assert matrix.cell("attention", "flash_attn_2", "a100", ran) == "yes"
     assert matrix.cell("attention", "flash_attn_2", "t4", ran) == ""
+    ran["h200"] = {"gemm:cutlass"}
+    assert matrix.cell("gemm", "cutlass", "h200", ran) == "yes*"
+    assert matrix.cell("gemm", "triton", "h200", ran) == "yes"  # "triton" of attention is another backend
 
 
 def test_a_page_without_its_marks_is_an_error() -> None:

@@ -41,6 +41,12 @@ class Source:
             device = device.partition("(")[2].split(",")[0].rstrip(")")
         return str(self.about.get("gpu") or device or self.about.get("cpu") or "unknown hardware")
 
+    @property
+    def on_cpu(self) -> bool:
+        """Tell whether a processor was measured."""
+        device = str(self.about.get("device", ""))
+        return device.startswith("cpu") or not (device or self.about.get("gpu"))
+
     def caption(self) -> str:
         """Say in one line where a number comes from."""
         about = self.about
@@ -95,6 +101,9 @@ def kind_of(data: Any) -> str:
     for kind in KINDS:
         if isinstance(data.get(kind), list):
             return kind
+    cases = data.get("cases")
+    if isinstance(cases, dict) and cases and all(isinstance(found, dict) for found in cases.values()):
+        return "conformance"  # of products, from `benchmarks.gemm --check`
     if isinstance(data.get("rates"), dict) and "ratio" in data:
         return "generate"
     if isinstance(data.get("checks"), list) and isinstance(data.get("timed"), list):

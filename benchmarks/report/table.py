@@ -128,7 +128,11 @@ def _conformance(members: Sequence[str], sources: Sequence[Source]) -> str:
 
 
 def outcomes(source: Source) -> list[tuple[str, str]]:
-    """Return (backend, outcome) of each case of a conformance file."""
+    """Return (backend, outcome) of each case of a conformance file; "gemm:x" for a backend of products."""
+    if cases := source.data.get("cases"):  # of `benchmarks.gemm --check`
+        texts = [(f"gemm:{backend}", text) for backend, found in cases.items() for text in found.values()]
+        words = {"right": "ran", "refused": "refused", "FAILED": "failed", "not": "unavailable"}
+        return [(backend, words[text.split(" ")[0].rstrip(":")]) for backend, text in texts]
     rows = source.data["results"]
     return [(str(row.get("backend") or str(row.get("name", "")).split(" ")[0]), str(row["outcome"])) for row in rows]
 
