@@ -283,12 +283,12 @@ def test_a_census_passes_over_what_hangs_and_comes_back(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("per_event", [False, True])
 def test_what_the_limit_of_a_child_counts(tmp_path: Path, per_event: bool) -> None:
-    """Three signs of life, 0.5 s apart, under a limit of 1.2 s: too long in all, short enough for each."""
+    """Five signs of life, 0.5 s apart, under a limit of 1.2 s: too long in all, short enough for each."""
     path = tmp_path / "events"
     code = f"""
 import time
 time.sleep(1.3)
-for _ in range(3):
+for _ in range(5):
     with open({str(path)!r}, "a") as file:
         file.write("x")
     time.sleep(0.5)

@@ -145,7 +145,7 @@ def _wait(child: subprocess.Popen[bytes], path: Path, seconds: float, per_event:
         if size > told and (per_event or not told):
             limit, deadline = seconds, time.monotonic() + seconds
         told = size
-    return None, limit
+    return child.poll(), limit
 
 
 def _environment() -> dict[str, str]:
