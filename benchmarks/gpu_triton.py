@@ -7,6 +7,7 @@ Steps, in order of value; each writes its file as it goes, and what fails costs 
     conformance   every case of `vllm_accel.testing` and longer ones against float64, in processes on all cores;
                   beside it every tile that `tiles` will time is compiled and checked
     peers         forward and decode against every other backend that runs here (`benchmarks.attention`)
+    splits        decode by number of splits, chosen and forced, as CUDA graphs
     backward      backward passes alone, against the same
     tiles         a few tiles and variants for each of the main calls, as CUDA graphs
     memory        peak bytes by sequence length
@@ -34,7 +35,7 @@ from benchmarks import gpu_triton_tiles as tiling
 from benchmarks import machine, shapes
 from benchmarks.workers import NO_TIME, STOPPED, Done, Task, run_all
 
-STEPS = ("everything", "conformance", "peers", "backward", "tiles", "memory", "sanitizer")
+STEPS = ("everything", "conformance", "peers", "splits", "backward", "tiles", "memory", "sanitizer")
 FORWARD_SHAPES = (
     "prefill_8k_full", "prefill_8k_causal", "paged16_b32_4k", "paged64_b32_4k", "paged16_b16_16k", "paged64_b16_16k",
     "paged16_b1_16k", "paged64_b1_16k", "prefill_d64_4k_full", "prefill_d64_4k_causal", "prefill_d256_4k_causal",
@@ -216,6 +217,17 @@ def peers(run: Run) -> None:
     _one_by_one(run, "peers", [Task(n, work.peers, (n,)) for n in FORWARD_SHAPES], 0.45, _contest)
 
 
+def splits(run: Run) -> None:
+    """Time decode by number of splits."""
+    tasks = [Task(name, tiling.time_splits, (name,)) for name in tiling.SPLIT_CALLS]
+
+    def show(row: dict[str, Any]) -> str:
+        timed = [r for r in row["results"] if r["seconds"]]
+        return "; ".join(f"{r['splits'] or 'chosen'} {r['seconds'] * 1e6:.0f} us {_share(r)}" for r in timed)
+
+    _one_by_one(run, "splits", tasks, 0.3, show)
+
+
 def backward(run: Run) -> None:
     """Time backward passes against the other backends."""
     _one_by_one(run, "backward", [Task(n, work.backwards, (n,)) for n in BACKWARD_SHAPES], 0.35, _contest)
@@ -298,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_triton", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, help="a directory for the results")
-    parser.add_argument("--budget", type=float, default=360.0, metavar="SECONDS", help="for all steps together")
+    parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="for all steps together")
     parser.add_argument("--steps", default=",".join(STEPS), help=f"comma separated, of {', '.join(STEPS)}")
     parser.add_argument("--only", default="", metavar="WORDS", help="tasks with one of these in their name, by comma")
     parser.add_argument("--jobs", type=int, default=machine.cores(), help="processes that check (all cores)")
@@ -324,8 +336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Run(given.out, given, tiling.here().arch, facts)
     for step in (step for step in STEPS if step in wanted):
         try:
-            {"everything": everything, "conformance": conformance, "peers": peers, "backward": backward,
-             "tiles": tiles, "memory": memory, "sanitizer": sanitizer}[step](run)  # fmt: skip
+            {"everything": everything, "conformance": conformance, "peers": peers, "splits": splits,
+             "backward": backward, "tiles": tiles, "memory": memory, "sanitizer": sanitizer}[step](run)  # fmt: skip
         except Exception as error:  # the next step is worth having all the same
             run.say(f"{step} ended: {type(error).__name__}: {error}")
     path = given.out / "triton_conformance.json"
@@ -339,7 +351,7 @@ def _list(wanted: Sequence[str]) -> int:
         "everything": [t.name for t in everything_tasks()],
         "conformance": [t.name for t in (*conformance_tasks(), *candidate_tasks("sm_90"))],
         "peers": [n for n in FORWARD_SHAPES if n in known], "backward": [n for n in BACKWARD_SHAPES if n in known],
-        "tiles": list(tiling.problems()), "memory": ["triton", "gluon_hopper"],
+        "splits": list(tiling.SPLIT_CALLS), "tiles": list(tiling.problems()), "memory": ["triton", "gluon_hopper"],
         "sanitizer": [f"{name} {dense + paged}" for name, (dense, paged) in _TINY.items()],
     }  # fmt: skip
     for step, names in itertools.compress(listed.items(), [step in wanted for step in listed]):

@@ -267,6 +267,36 @@ def time_tiles(name: str, indices: tuple[int, ...]) -> dict[str, Any]:
             "results": rows, "errors": errors}  # fmt: skip
 
 
+#: Lengths of the sequences of a decode, by name: 32 heads over 8, head size 128, blocks of 16.
+SPLIT_CALLS = {
+    "b32_4k": [4096] * 32, "b16_16k": [16384] * 16, "b1_32k": [32768], "b64_2k": [2048] * 64,
+    "mixed": [32768, *[1024] * 31],
+}  # fmt: skip
+FORCED = (0, 1, 2, 3, 4, 6, 8, 16, 32)
+
+
+def time_splits(name: str, where: Where | None = None) -> dict[str, Any]:
+    """Time a decode with the splits that the plan chooses (0) and with forced ones, as CUDA graphs, in turns."""
+    from benchmarks.attention import COPY, MATMUL, yardsticks
+
+    where, used = where or here(), SPLIT_CALLS[name]
+    tile = lookup("paged", where.arch, ["m16_d128"])
+    calls, work = yardsticks(where.device, _BF16, small=where.device.type != "cuda")
+    data = tile_problems.paged_data(where, 128, 128, _BF16, 4, queries=1, kv_heads=8, used=used, page=16)
+    calls |= {str(forced): _graph(data.launches(tile, forced)) for forced in FORCED}
+    found = timing.in_turns(calls, timing.clock(where.device), ROUNDS)
+    found.pop(MATMUL)
+    copy = found.pop(COPY)
+    stored = sum(used) * 8 * 128 * 2 * _BF16.itemsize
+    rate = work[COPY] / copy.seconds if copy.seconds else 0.0
+    rows = [
+        {"splits": int(n), "seconds": t.seconds, "error": t.error,
+         "of_copy": stored / t.seconds / rate if t.seconds and rate else None}
+        for n, t in found.items()
+    ]  # fmt: skip
+    return {"copy_gbs": rate * 1e-9, "results": rows}
+
+
 def _row(
     problem: Problem, tile: Any, timed: timing.Timed, matmul_tflops: float | None, copy_gbs: float | None
 ) -> dict[str, Any]:

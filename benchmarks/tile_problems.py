@@ -229,7 +229,10 @@ def paged_data(
     where: Where, d: int, d_v: int, cache: torch.dtype, group: int, *,
     queries: int, kv_heads: int, used: list[int], page: int = 0,
 ) -> Data:  # fmt: skip
-    """Return a call over a paged cache whose sequences have `used` keys each, in blocks of `page` (0: 16 or 64)."""
+    """Return a call over a paged cache whose sequences have `used` keys each, in blocks of `page` (0: 16 or 64).
+
+    Its launches take a number of splits too, 0 for what the plan chooses.
+    """
     page, batch = page or (64 if max(used) > 1000 else 16), len(used)
     per_sequence = -(-max(used) // page)
     dtype = torch.float32 if cache is torch.float32 else torch.bfloat16
@@ -250,9 +253,9 @@ def paged_data(
     lse = torch.empty((q.shape[1], q.shape[0]), device=where.device)
     native = not where.arch.startswith("sm_8") or where.arch == "sm_89"
 
-    def launches(tile: Tile) -> tuple[Launch, ...]:
+    def launches(tile: Tile, num_splits: int = 0) -> tuple[Launch, ...]:
         sizes = paged_launch.sizes_of(q, v, args)
-        works = splits.plan_work(sizes, lambda rows: tile, where.sm_count)
+        works = splits.plan_work(sizes, lambda rows: tile, where.sm_count, num_splits)
         room = splits.scratch(works, sizes)
         part = torch.empty(room, device=where.device) if room else None
         made = []

@@ -108,6 +108,21 @@ def test_what_is_refused_on_hopper_can_be_run_there(ptxas: str, monkeypatch: pyt
     assert len({t.name for t in gpu_triton.everything_tasks()}) == 8 + len(work.COMBINED_CASES)
 
 
+def test_splits_are_forced_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta tensors: what each number of splits launches, and the row that comes of it."""
+    launched = []
+    monkeypatch.setattr(tiling, "SPLIT_CALLS", {"small": [4096] * 4})
+    monkeypatch.setattr(tiling, "_graph", lambda launches: launched.append(launches) or (lambda: None))
+    monkeypatch.setattr(tiling.tile_problems, "random_tensor", lambda shape, dtype, *_: torch.empty(shape, dtype=dtype))
+    row = tiling.time_splits("small", Where(torch.device("cpu"), "sm_90"))
+    assert [r["splits"] for r in row["results"]] == list(tiling.FORCED)
+    assert all(r["seconds"] and r["of_copy"] and not r["error"] for r in row["results"])
+    names = [[launch.fn.__name__ for launch in launches] for launches in launched]
+    assert names[1] == ["paged_attention"] and names[2] == ["paged_attention", "combine_splits"]
+    grids = [launches[0].grid[0] for launches in launched]
+    assert grids[2] == 2 * grids[1] and grids[4] == 4 * grids[1]
+
+
 def test_a_wrong_number_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_accel.backends import reference
 
