@@ -16,6 +16,7 @@ from vllm_accel.kernels.triton.launch import Bound, Launch, _goes_direct, _liste
 
 #: Tensors of the kernel after its two descriptors: a, b, out, offs, bias, gather, a_scale, b_scale.
 _TENSORS = 8
+_new = tuple.__new__
 
 
 class _Encoded(NamedTuple):
@@ -35,7 +36,9 @@ class BoundGemm:
             where strides or the chip rule them out.
     """
 
-    __slots__ = ("_compiled", "_described", "_direct", "_fixed", "_index", "_plain", "_tails")
+    __slots__ = (
+        "_compiled", "_described", "_direct", "_fixed", "_grid", "_index", "_plain", "_present", "_stream_of", "_tails",
+    )  # fmt: skip
 
     def __init__(self, plain: Launch, described: Launch | None) -> None:
         self._plain = Bound(plain)
@@ -44,10 +47,14 @@ class BoundGemm:
             return
         device = described.args[2].device
         integers = described.args[2 + _TENSORS :]
+        self._present = [i for i in range(_TENSORS) if described.args[2 + i] is not None]
         self._tails = [(d.shape, d.strides, d.block_shape) for d in described.args[:2]]
         names = described.fn.arg_names[len(described.args) :]
         self._fixed = (*integers, *[described.constexprs[name] for name in names])
         self._direct, self._index = _goes_direct(described.fn, device), device.index or 0
+        self._grid = described.grid
+        if self._direct:
+            self._stream_of = triton.runtime.driver.active.get_current_stream
         #: Which tensors are misaligned (bits) -> launcher, function, metadata.
         self._compiled: dict[int, tuple[Any, Any, Any]] = {}
         # Without its tensors: a plan must keep no caller's memory alive.
@@ -55,33 +62,35 @@ class BoundGemm:
 
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
         """Launch on a, b, out, offs, bias, gather, a_scale and b_scale, None in the same places as in the launch."""
-        a, b = tensors[0], tensors[1]
-        assert a is not None and b is not None
-        if self._described is None or a.data_ptr() & 15 or b.data_ptr() & 15:
+        if self._described is None:
             self._plain((None, None, *tensors))
             return
         misaligned = 0
-        addresses: list[int | None] = []
-        for i, t in enumerate(tensors):
-            address = None if t is None else t.data_ptr()
-            addresses.append(address)
-            if address is not None and address & 15:
+        addresses: list[int | None] = [None] * _TENSORS
+        for i in self._present:
+            address = tensors[i].data_ptr()  # type: ignore[union-attr]
+            addresses[i] = address
+            if address & 15:
                 misaligned |= 1 << i
+        if misaligned & 3:  # TMA reads a and b at multiples of 16 bytes
+            self._plain((None, None, *tensors))
+            return
+        a, b = tensors[0], tensors[1]
         compiled = self._compiled.get(misaligned)
         if compiled is None or _listening():
-            self._first(a, b, tensors, misaligned)
+            self._first(tensors, misaligned)
             return
         launcher, function, metadata = compiled
         (a_shape, a_strides, _), (b_shape, b_strides, _) = self._tails
-        stream = triton.runtime.driver.active.get_current_stream(self._index)
         launcher(
-            *self._described.grid, stream, function, metadata, None, None, None, _Encoded(a, a_shape, a_strides),
-            _Encoded(b, b_shape, b_strides), *addresses, *self._fixed,
+            *self._grid, self._stream_of(self._index), function, metadata, None, None, None,
+            _new(_Encoded, (a, a_shape, a_strides, "zero")), _new(_Encoded, (b, b_shape, b_strides, "zero")),
+            *addresses, *self._fixed,
         )  # fmt: skip
 
-    def _first(self, a: Tensor, b: Tensor, tensors: tuple[Tensor | None, ...], misaligned: int) -> None:
+    def _first(self, tensors: tuple[Tensor | None, ...], misaligned: int) -> None:
         assert self._described is not None
-        pair = [TensorDescriptor(t, *tail) for t, tail in zip((a, b), self._tails, strict=True)]
+        pair = [TensorDescriptor(t, *tail) for t, tail in zip(tensors[:2], self._tails, strict=True)]
         kernel = run(self._described._replace(args=(*pair, *tensors, *self._described.args)))
         if self._direct:
             self._compiled[misaligned] = (kernel.run, kernel.function, kernel.packed_metadata)

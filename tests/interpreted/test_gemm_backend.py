@@ -188,3 +188,42 @@ def test_the_conformance_cases(case: GemmCase) -> None:
     """As on a Hopper GPU; what it refuses is a factor for blocks of rows of a."""
     outcome = check_gemm_backend(BACKEND, case, device=PRESETS["h200"])
     assert outcome.ran == (case.name != "fp8_block_a"), outcome
+
+
+@pytest.mark.parametrize("form", [Form.DENSE, Form.GROUPED_M, Form.GROUPED_K, Form.BATCHED])
+def test_a_prepared_product_takes_other_tensors(form: Form) -> None:
+    """Other numbers, other strides, other alignments and other ends, in turn: as the general way has it."""
+    first, second = (t.bfloat16() for t in operands(form, 64, 48))
+    grouped = form in (Form.GROUPED_M, Form.GROUPED_K)
+    offs = torch.tensor(OFFS, dtype=torch.int32) if grouped else None
+    bias = None if form is Form.GROUPED_K else torch.randn((48,) if form is Form.DENSE else (3, 48)).bfloat16()
+    args, options = GemmArgs(offs, bias), GemmOptions(form)
+    kernel = BACKEND.bind(spec_of(describe(first, second, args, options, False).kind), PRESETS["h200"])
+    forward = kernel.prepare(first, second, args)  # type: ignore[union-attr]
+    other_ends = torch.tensor([24, 24, 24], dtype=torch.int32) if grouped else None
+    off_16 = torch.zeros(first.numel() + 1, dtype=first.dtype)[1:].view(first.shape).copy_(first)
+    turned = second.mT.contiguous().mT
+    wide = torch.zeros(*first.shape[:-1], first.shape[-1] + 8, dtype=first.dtype)[..., : first.shape[-1]].copy_(first)
+    for a, b, ends in (
+        (first, second, offs), (first * 2, second, offs), (off_16, second, offs), (first, turned, offs),
+        (first * 3, turned * 2, offs), (wide, second, offs), (first, second, other_ends), (first, second, offs),
+    ):  # fmt: skip
+        given = args._replace(offs=ends)
+        made = forward(a, b, given)
+        assert made.is_contiguous() and torch.equal(made, kernel.forward(a, b, given))  # type: ignore[arg-type]
+
+
+def test_a_prepared_scaled_product_takes_other_factors() -> None:
+    a, b = (t.to(E4M3) for t in operands(Form.GROUPED_M, 256, 128))
+    blocks = (Scaling.BLOCK_1x128, Scaling.BLOCK_128x128)
+    of_a, of_b = torch.rand(24, 2) + 0.5, torch.rand(3, 2, 1) + 0.5
+    offs, options = torch.tensor(OFFS, dtype=torch.int32), GemmOptions(Form.GROUPED_M, *blocks, torch.bfloat16)
+    args = GemmArgs(offs, None, of_a, of_b)
+    kernel = BACKEND.bind(spec_of(describe(a, b, args, options, False).kind), PRESETS["h200"])
+    forward = kernel.prepare(a, b, args)  # type: ignore[union-attr]
+    columns = of_a.t().contiguous().t()
+    for x, y in ((of_a, of_b), (of_a * 2, of_b), (columns, of_b), (columns * 3, of_b * 2), (of_a, of_b)):
+        given = args._replace(scale_a=x, scale_b=y)
+        assert torch.equal(forward(a, b, given), kernel.forward(a, b, given))  # type: ignore[arg-type]
+    widened = BACKEND.bind(spec_of(describe(a, b, args, options, False).kind), PRESETS["a100"])
+    assert widened.prepare(a, b, args) == widened.forward  # type: ignore[union-attr]

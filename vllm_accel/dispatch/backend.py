@@ -159,6 +159,9 @@ class GemmKernel(Protocol):
     a and b have any strides and any alignment; a kernel that needs other ones copies, and its backend says so in
     `size_notes`. Groups may be empty. Sizes of 0 never come here. No host synchronisation on a GPU, unless the backend
     says so in `synchronises`. Offsets out of order or past the end may give wrong numbers, never an access outside.
+
+    A kernel may also have ``prepare(a, b, args)``, which returns a `forward` for exactly these sizes and kinds of
+    options; a plan then calls that one. Tensors, their strides and their alignment change from call to call.
     """
 
     def forward(self, a: Tensor, b: Tensor, args: GemmArgs) -> Tensor:

@@ -149,7 +149,8 @@ def _make_plan(
         kernel, name, spec, where = bound.kernel, bound.name, question.spec, question.device
         if on_gpu and not bound.capture_safe:
             guard = outside_capture(guard)
-    forward = kernel.forward
+    prepare = getattr(kernel, "prepare", None)
+    forward = kernel.forward if prepare is None else prepare(a, b, args)
     if on_gpu and torch.cuda.device_count() > 1:
         forward = on_device(forward, a.device)
     if checks:

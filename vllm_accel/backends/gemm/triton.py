@@ -7,6 +7,7 @@ to fp16 inside the kernel, exactly; sums are fp32 (int32 for int8).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -140,6 +141,36 @@ class TritonGemmKernel:
 
     def forward(self, a: Tensor, b: Tensor, args: GemmArgs) -> Tensor:
         """Return the product."""
+        return self._run(a, b, args)[0]
+
+    def prepare(self, a: Tensor, b: Tensor, args: GemmArgs) -> Callable[[Tensor, Tensor, GemmArgs], Tensor]:
+        """Return a forward for these shapes, 3 us of Python shorter where strides are those of the call before."""
+        if self._bytes or self._asks_tf32:
+            return self.forward  # other views of a and b, another flag
+        shape, dtype = self._shape(a, b, args.offs), self._spec.out_dtype
+        known: tuple[Any, Any] = ((), None)  # strides and their launch, replaced together: threads share a plan
+
+        def forward(a: Tensor, b: Tensor, args: GemmArgs) -> Tensor:
+            nonlocal known
+            offs, bias, scale_a, scale_b, _ = args
+            strides = (
+                a.stride(), b.stride(), None if bias is None else bias.stride(),
+                None if scale_a is None else scale_a.stride(), None if scale_b is None else scale_b.stride(),
+            )  # fmt: skip
+            before, bound = known
+            if strides != before:
+                out, bound = self._run(a, b, args)
+                if max(a.stride()[-2:]) < _MAX_STRIDE > max(b.stride()[-2:]):  # else a copy was launched, not a and b
+                    known = strides, bound
+                return out
+            out = a.new_empty(shape, dtype=dtype)
+            bound((a, b, out, offs, bias, None, scale_a, scale_b))
+            return out
+
+        return forward
+
+    def _run(self, a: Tensor, b: Tensor, args: GemmArgs) -> tuple[Tensor, Any]:
+        """Return the product and the bound launch that wrote it."""
         spec = self._spec
         offs, bias, scale_a, scale_b, _ = args
         if spec.form is Form.DENSE:
@@ -157,7 +188,7 @@ class TritonGemmKernel:
         if self._bytes:
             a, b = self._launches.as_read(a, b, False)
         bound((a, b, out, offs, bias, None, factors_a, factors_b))
-        return out[0] if spec.form is Form.DENSE else out
+        return (out[0] if spec.form is Form.DENSE else out), bound
 
     def _shape(self, a: Tensor, b: Tensor, offs: Tensor | None) -> tuple[int, ...]:
         if self._spec.form is Form.GROUPED_K:
