@@ -178,6 +178,7 @@ def cpu_model() -> str:
     return found.group(1).strip() if found else platform.machine()
 
 
+@functools.lru_cache(maxsize=1)
 def cpu_name() -> str:
     """Return `cpu_model` and the instructions that tell one of that name from another: torch's set, and AMX."""
     info = Path("/proc/cpuinfo")

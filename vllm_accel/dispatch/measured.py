@@ -21,7 +21,7 @@ import torch
 from vllm_accel.dispatch import plan
 from vllm_accel.dispatch import settings as settings_module
 from vllm_accel.dispatch.cost import Fit, family_of, fitted
-from vllm_accel.dispatch.device import Device, cpu_model
+from vllm_accel.dispatch.device import Device, cpu_name
 from vllm_accel.dispatch.estimate import class_of
 from vllm_accel.dispatch.table_file import POLICY, Row, Table, merged, minor, parse
 
@@ -67,8 +67,8 @@ class Source:
 
 
 def table_name(device: Device) -> str:
-    """Name the table of a device: a GPU by its product name, a CPU by its model, torch's instructions and the cores."""
-    name = f"{cpu_model()} {device.name} {_cores()} cores" if device.type == "cpu" else device.name or device.arch
+    """Name the table of a device: a GPU by its product name, a CPU by its model, instructions and cores."""
+    name = f"{cpu_name()} {_cores()} cores" if device.type == "cpu" else device.name or device.arch
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or device.type
 
 
