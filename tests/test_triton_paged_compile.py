@@ -103,6 +103,25 @@ def test_decode_fits(kv_dtype: torch.dtype, arch: str) -> None:
     assert_good(attention, arch, blocks=few if arch in ("sm_80", "sm_90", "sm_100") else 1)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_dense_decode_fits(arch: str) -> None:
+    """Keys that lie in one block of any length: no more registers than over pages, and three blocks as there."""
+    q, k = (torch.empty(shape, device="meta", dtype=BF16) for shape in ((32, 32, 128), (32, 4097, 8, 128)))
+    ints = [torch.empty(n, device="meta", dtype=torch.int32) for n in ((33,), (32, 1), (32,))]
+    args = PagedArgs(*ints, *(None,) * 5, 1, 4097, 0.1, True, (-1, -1), 0.0, True, False, False)
+    sizes = paged_launch.sizes_of(q, k, args)
+    (work,) = splits.plan_work(
+        sizes, lambda rows: paged_launch.choose_tile(arch, rows, 128, 128, BF16, BF16, False), 132
+    )
+    out, lse = torch.empty_like(q), torch.empty(32, 32, device="meta")
+    part = torch.empty(splits.scratch((work,), sizes), device="meta")
+    made = paged_launch.attention_launch(
+        work, q, k, k, out, lse, part, args, mla=False, native_e4m3=arch == "sm_90", one_block=True
+    )
+    assert made.constexprs["PAGE"] == 1 << 30
+    assert_good(made, arch, blocks=3)
+
+
 @pytest.mark.parametrize("arch", [pytest.param("sm_86", marks=pytest.mark.slow), "sm_90", "gfx942"])
 @pytest.mark.parametrize("height", ["m64", "prefill"])
 def test_longer_queries_fit(arch: str, height: str) -> None:

@@ -24,6 +24,10 @@ _JOINED = 8
 _JOINED_FLOATS = 8192
 
 
+#: Slots of a block that is as long as its sequence: longer than any, and a multiple of every tile.
+_ENDLESS = 1 << 30
+
+
 def padded(head_dim: int) -> int:
     """Return the width of a tile for a head size: a power of two, at least 16, as `tl.dot` asks."""
     return max(16, 1 << (head_dim - 1).bit_length())
@@ -53,7 +57,7 @@ def sizes_of(q: Tensor, v_cache: Tensor, args: PagedArgs) -> Sizes:
 
 def attention_launch(
     work: Work, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor | None, part: Tensor | None,
-    args: PagedArgs, *, mla: bool, native_e4m3: bool, tf32: bool = False,
+    args: PagedArgs, *, mla: bool, native_e4m3: bool, tf32: bool = False, one_block: bool = False,
 ) -> Launch:  # fmt: skip
     """Return the launch that computes out and lse, or partial results where `work` splits.
 
@@ -63,9 +67,11 @@ def attention_launch(
         part: fp32, as many as `splits.scratch` says; None without splits.
         native_e4m3: the chip converts e4m3; else the kernel does (q and caches may be uint8 views or e4m3).
         tf32: products of fp32 inputs may round to TF32.
+        one_block: no sequence has more than one block, so that its size need not be compiled in.
     """
     heads, head_dim = q.shape[1:]
     num_blocks, page, kv_heads, head_dim_v = v_cache.shape
+    page = _ENDLESS if one_block else page
     rope = head_dim - head_dim_v if mla else 0
     left, right = args.window_size
     right = 0 if args.causal else right

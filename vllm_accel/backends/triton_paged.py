@@ -42,7 +42,9 @@ class _Prepared:
 class TritonPaged:
     """Paged attention of one kind. Launches are prepared once per shape; a call allocates, and launches them."""
 
-    def __init__(self, spec: AttentionSpec, device: Device, num_splits: int = 0) -> None:
+    def __init__(self, spec: AttentionSpec, device: Device, num_splits: int = 0, one_block: bool = False) -> None:
+        """Args: one_block: each sequence is one block, as long as it likes (see `triton_decode`)."""
+        self._one_block = one_block
         cc = device.compute_capability
         # Ampere has no instruction for e4m3 and Triton refuses the type there; e5m2 is the upper half of a float16.
         self._native_e4m3 = cc is None or cc >= (8, 9)
@@ -103,7 +105,7 @@ class TritonPaged:
             def make(tile: Tile, work: splits.Work = work) -> Launch:
                 return paged_launch.attention_launch(
                     splits.with_tile(work, tile, sizes), q, k_cache, v_cache, out, lse, part, args,
-                    mla=self._mla, native_e4m3=self._native_e4m3, tf32=tf32,
+                    mla=self._mla, native_e4m3=self._native_e4m3, tf32=tf32, one_block=self._one_block,
                 )  # fmt: skip
 
             joined = None
