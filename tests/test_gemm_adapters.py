@@ -89,3 +89,53 @@ def test_a_broken_conversion_is_noticed(mutation: str, monkeypatch: pytest.Monke
         except Exception:  # a wrong number, or what the stand-in refuses
             noticed += 1
     assert noticed
+
+
+def test_results_are_cleared_by_our_kernel_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU with Triton no mask runs over the result; what the kernel is told to clear is what has to be."""
+    cleared = []
+
+    def clear(out: torch.Tensor, offs: torch.Tensor | None) -> bool:
+        assert offs is not None and offs.dtype is torch.int32 and out.is_contiguous()
+        cleared.append(out.dim())
+        if out.dim() == 2:
+            out[int(offs[-1]) :] = 0
+        else:
+            out[torch.diff(offs, prepend=offs.new_zeros(1)) == 0] = 0
+        return True
+
+    monkeypatch.setattr(torch_grouped, "clearing", lambda device: clear)
+    monkeypatch.setattr(torch_grouped, "zero_past_end", lambda out, args: pytest.fail("a mask over the result"))
+    monkeypatch.setattr(torch_grouped, "_zero_empty", lambda out, offs: pytest.fail("a mask over the result"))
+    for case in GEMM_CASES:
+        check_gemm_backend(torch_grouped.BACKEND, case, dtype=torch.bfloat16, device=_device("h100"))
+    assert {2, 3} == set(cleared)
+
+
+def test_the_clearing_kernel_gives_way(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    launched: list[object] = []
+    capturing, fails = True, False
+
+    class Bound:
+        def __init__(self, launch: object) -> None:
+            if fails:
+                raise RuntimeError("no compiler")
+            launched.append(launch)
+
+        def __call__(self, tensors: object) -> None:
+            launched.append(tensors)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr("vllm_accel.kernels.triton.launch.Bound", Bound)
+    clear, out, offs = torch_grouped._Clear(), torch.zeros(4, 6), torch.tensor([2], dtype=torch.int32)
+    assert not clear(out, offs) and not launched, "compiled during a capture"
+    capturing = False
+    assert clear(out, offs) and clear(out, offs) and len(launched) == 3
+    capturing = True
+    assert clear(out, offs), "compiled before"
+    capturing, fails = False, True
+    with caplog.at_level("WARNING", "vllm_accel"):
+        assert not clear(torch.zeros(5, 6), offs) and not clear(torch.zeros(5, 6), offs)
+    assert len(caplog.records) == 1 and "no compiler" in caplog.text
+    assert not torch_grouped.clearing(_device("cpu"))(out, offs)

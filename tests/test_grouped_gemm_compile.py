@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 from crosscompile import ARCHS, assert_fits, compile_launch
+from vllm_accel.kernels.triton.clear import clear_launch
 from vllm_accel.kernels.triton.grouped_gemm import BATCH, DEPTH, ROWS
 from vllm_accel.kernels.triton.grouped_gemm_launch import Scale, choose_tile, gemm_launch, has_tma, natively_fp8
 from vllm_accel.kernels.triton.launch import Launch
@@ -104,3 +105,10 @@ def test_fp8_sums_leave_the_tensor_cores_every_128_products(scaling: str) -> Non
     assert compiled.instructions["QGMMA"] == 4
     starts_anew = re.findall(r"QGMMA\S* .*RZ", compiled.sass)
     assert len(starts_anew) >= 1, "no product starts from zero: sums would stay on the tensor cores"
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("shape", [(4096, 28672), (8, 4096, 14336), (100, 77)])
+def test_what_clears_the_results_of_others(arch: str, shape: tuple[int, ...]) -> None:
+    launch = clear_launch(_meta(*shape, dtype=torch.bfloat16), _meta(8, dtype=torch.int32))
+    assert_fits(compile_launch(launch, arch), arch, tensor_cores=False)

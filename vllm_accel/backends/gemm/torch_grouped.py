@@ -10,6 +10,8 @@ group are left unwritten; at most 1024 groups. FP8 takes e4m3 with factors by ro
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from vllm_accel.errors import Reason
 
 _ROWS = (Scaling.ROW, Scaling.ROW)
 _CUTLASS = (9, 10)  # major compute capabilities
+_KEPT = 256  # bound launches of one kind of call
 
 
 def _on_cutlass(spec: GemmSpec, device: Device) -> bool:
@@ -121,7 +124,7 @@ class TorchGroupedKernel:
 
     def __init__(self, spec: GemmSpec, device: Device) -> None:
         self._spec = spec
-        self._checks_ends = device.type != "cpu"
+        self._clear = clearing(device)
 
     def forward(self, a: Tensor, b: Tensor, args: GemmArgs) -> Tensor:
         """Return the product."""
@@ -138,9 +141,10 @@ class TorchGroupedKernel:
             out = torch._grouped_mm(*self._laid_out(a, b), offs=offs)
         out = out.contiguous()
         if form is Form.GROUPED_M:
-            return add_group_bias(zero_past_end(out, args), args)
+            cleared = args.full or self._clear(out, offs)
+            return add_group_bias(out if cleared else zero_past_end(out, args), args)
         if form is Form.GROUPED_K:
-            return _zero_empty(out, offs)
+            return out if self._clear(out, offs) else _zero_empty(out, offs)
         return out if args.bias is None else out.add_(args.bias.unsqueeze(1))
 
     def _laid_out(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,6 +164,51 @@ class TorchGroupedKernel:
             x, y, scale_a=args.scale_a.contiguous(), scale_b=scale_b, offs=offs, out_dtype=torch.bfloat16
         )
         return out[..., :n]
+
+
+def clearing(device: Device) -> Callable[[Tensor, Tensor | None], bool]:
+    """Return what writes zeros into the unwritten part of a result, or returns False where a mask has to do it.
+
+    A mask reads and writes the whole result, a tenth of the time of a wide product; our kernel touches what is left.
+    """
+    if device.platform == "cuda" and torch.cuda.is_available():
+        from vllm_accel.kernels.triton.toolchain import problems
+
+        if not problems(device.arch):
+            return _Clear()
+    return lambda out, offs: False
+
+
+class _Clear:
+    """Our clearing kernels, bound by shape; not where they fail, and never compiled while a graph is captured."""
+
+    def __init__(self) -> None:
+        from vllm_accel.kernels.triton import clear, launch
+
+        self._launch, self._bind = clear.clear_launch, launch.Bound
+        self._bound: dict[torch.Size, Any] = {}
+        self._works = True
+
+    def __call__(self, out: Tensor, offs: Tensor | None) -> bool:
+        assert offs is not None
+        bound = self._bound.get(out.shape)
+        if bound is None:
+            if not self._works or torch.cuda.is_current_stream_capturing():
+                return False
+            try:
+                bound = self._bind(self._launch(out, offs))
+                bound((out, offs))
+            except Exception as error:
+                self._works = False
+                text = "torch_grouped clears with masks from now on: the kernel that would do it failed: %s"
+                logging.getLogger("vllm_accel").warning(text, error)
+                return False
+            if len(self._bound) >= _KEPT:
+                self._bound.clear()
+            self._bound[out.shape] = bound
+            return True
+        bound((out, offs))
+        return True
 
 
 def _zero_empty(out: Tensor, offs: Tensor | None) -> Tensor:
