@@ -189,7 +189,7 @@ def test_scratch_is_kept_and_bounded() -> None:
 
 
 def test_packed_keys_beyond_the_limit_go_in_groups() -> None:
-    # 4 x 6000 keys of 8 heads of 64 in fp32: 98 MiB packed, more than PACK_LIMIT (64 MiB).
+    # 4 x 6000 keys of 8 heads of 64 in fp32: 98 MiB packed, more than all threads and a call take at a time.
     g = torch.Generator().manual_seed(0)
     q = torch.randn(4, 24, 8, 64, generator=g)
     k, v = (torch.randn(4, 6000, 8, 64, generator=g) for _ in range(2))

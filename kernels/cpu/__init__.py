@@ -41,6 +41,8 @@ def load() -> Loaded:
         module = importlib.import_module(f"{__name__}._cpu")
     except ImportError as error:
         return Loaded(None, f"its extension is not built or does not load: {error}")
+    if not hasattr(module, "sources"):
+        return Loaded(None, "its extension was built from older sources: install vllm_accel again")
     library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
     try:
         parallel = ctypes.CDLL(library).GOMP_parallel

@@ -1,14 +1,14 @@
 // Prefill of bf16 on AMX. Tiles hold 16 rows of 16 sums; four of them, 32 rows by 32 columns, are summed up at a time.
 //
 // An item is 32 rows and up to SB keys. The matrix unit works on its own, so the products of two items run beside the
-// softmax of a third: a stage interleaves, row by row, values of the item before and scores of the next one with the
-// softmax of the present one.
+// softmax of a third: a stage interleaves, instruction by instruction, values of the item before and scores of the next
+// one with the softmax of the present one.
 
 #if HAS_AMX
 
 constexpr int TR = 32;   // rows of an item
 constexpr int TC = 32;   // columns that are summed up together
-constexpr int SB = 128;  // keys of an item: scores and probabilities of two items stay in L1
+constexpr int SB = 256;  // keys of an item: fewer make the result, which is read and written per item, cost more
 
 // Every tile is whole (operands are padded), so one configuration serves all tasks. It is let go at the end of a task:
 // code that configures tiles for itself, as torch's does, finds them as if nobody else were here.
@@ -75,32 +75,36 @@ struct AmxScratch {
   float* probabilities(const Item& item) const { return p + (item.index & 1) * (TR * SB / 2); }
 };
 
-// The products of a stage, one step (32 x 32 sums, 16 words deep) at a time.
+// The products of a stage, one step (32 x 32 sums, 16 words deep) at a time, a step in four parts of one product each.
 struct Products {
   const AmxScratch& at;
-  Item value, score;              // rows == 0: none
-  const float *k, *v;             // packed
+  const float *k, *v;  // packed
   int words, columns;
-  int score_steps, value_steps;   // steps of a group of 32 columns
-  int score_groups, value_groups;
-  int group = 0, left = 0, total, done = 0;
+  Item value{}, score{};     // rows == 0: none
+  int value_groups = 0;      // groups of TC columns
+  int total = 0, done = 0;   // steps
+  int group = 0, left = 0;   // groups opened, steps left of the present one
+  bool first = false, load_sums = false, write = false;
   const float *a = nullptr, *b = nullptr;
-  float* c = nullptr;
-  int64_t lda = 0, ldb = 0, ldc = 0, b_step = 0;  // bytes, but b_step: floats
+  float *c = nullptr, *old = nullptr;  // sums of this group and of the one before
+  int64_t lda = 0, ldb = 0, b_step = 0, ldc = 0, ld_old = 0;  // bytes, but b_step: floats
 
-  INLINE void init(const Item& before, const Item& next) {
+  Products(const AmxScratch& scratch, const Packed& kv, int w, int n)
+      : at(scratch), k(reinterpret_cast<const float*>(kv.k)), v(reinterpret_cast<const float*>(kv.v)), words(w),
+        columns(n) {}
+
+  void begin(const Item& before, const Item& next) {
     value = before, score = next;
-    group = left = done = 0;
-    score_steps = words / 16;
-    value_steps = (value.stop - value.start) / TC;
-    score_groups = (score.stop - score.start) / TC;
     value_groups = value.rows ? columns / TC : 0;
-    total = value_groups * value_steps + score_groups * score_steps;
+    const int score_groups = (score.stop - score.start) / TC;
+    total = value_groups * ((value.stop - value.start) / TC) + score_groups * (words / 16);
+    group = left = done = 0;
   }
 
   INLINE void open() {
-    if (group < value_groups) {
-      left = value_steps;
+    old = c, ld_old = ldc, write = group > 0, load_sums = group < value_groups;
+    if (load_sums) {
+      left = (value.stop - value.start) / TC;
       a = at.probabilities(value) + value.start / 2;
       lda = SB * 2;
       b = v + static_cast<int64_t>((value.k0 + value.start) / 2) * columns + group * TC;
@@ -108,13 +112,9 @@ struct Products {
       b_step = 16 * static_cast<int64_t>(columns);
       c = at.o + static_cast<int64_t>(value.r) * columns + group * TC;
       ldc = columns * 4;
-      _tile_loadd(0, c, ldc);
-      _tile_loadd(1, c + 16, ldc);
-      _tile_loadd(2, c + 4 * ldc, ldc);
-      _tile_loadd(3, c + 4 * ldc + 16, ldc);
     } else {
       const int x = score.start + (group - value_groups) * TC, key = score.k0 + x;
-      left = score_steps;
+      left = words / 16;
       a = at.q + static_cast<int64_t>(score.r) * words;
       lda = words * 4;
       b = k + static_cast<int64_t>(key / PK * PK) * words + key % PK;
@@ -122,36 +122,82 @@ struct Products {
       b_step = 16 * PK;
       c = at.scores(score) + x;
       ldc = SB * 4;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
     }
     group++;
   }
 
-  INLINE void step() {
-    if (left == 0) open();
+#define SUMS(i, p, ld) (p + ((i) & 1) * 16 + ((i) >> 1) * 4 * (ld))
+  // The sums of a group are written when the next one takes their tile: by then they are there.
+#define START_SUMS(i)                                         \
+  if (first) {                                                \
+    if (write) _tile_stored(i, SUMS(i, old, ld_old), ld_old); \
+    if (load_sums) _tile_loadd(i, SUMS(i, c, ldc), ldc);      \
+    else _tile_zero(i);                                       \
+  }
+  INLINE void part0() {
+    first = left == 0;
+    if (first) open();
+    START_SUMS(0)
     _tile_loadd(4, a, lda);
     _tile_loadd(6, b, ldb);
     _tile_dpbf16ps(0, 4, 6);
+  }
+  INLINE void part1() {
+    START_SUMS(1)
     _tile_loadd(7, b + 16, ldb);
     _tile_dpbf16ps(1, 4, 7);
+  }
+  INLINE void part2() {
+    START_SUMS(2)
     _tile_loadd(5, a + 4 * lda, lda);
     _tile_dpbf16ps(2, 5, 6);
+  }
+  INLINE void part3() {
+    START_SUMS(3)
     _tile_dpbf16ps(3, 5, 7);
     a += 16;
     b += b_step;
-    if (--left == 0) {
-      _tile_stored(0, c, ldc);
-      _tile_stored(1, c + 16, ldc);
-      _tile_stored(2, c + 4 * ldc, ldc);
-      _tile_stored(3, c + 4 * ldc + 16, ldc);
-    }
+    left--;
+    done++;
   }
 
-  INLINE void until(int n) {
-    for (; done < n; done++) step();
+  void until(int n) {
+    while (done < n) part0(), part1(), part2(), part3();
+  }
+
+  void finish() {
+    until(total);
+    if (!total) return;
+    _tile_stored(0, SUMS(0, c, ldc), ldc);
+    _tile_stored(1, SUMS(1, c, ldc), ldc);
+    _tile_stored(2, SUMS(2, c, ldc), ldc);
+    _tile_stored(3, SUMS(3, c, ldc), ldc);
+  }
+};
+
+// Fetches the next block of keys and values into L2 while this one is multiplied, some lines with each row.
+struct Ahead {
+  const char *k, *v;
+  int key_bytes, value_bytes, keys;  // bytes of a key, and how many keys there are
+  int of = -1;
+  const char *from = nullptr, *from_v = nullptr, *end = nullptr;
+
+  INLINE void block(int k0, int rows) {
+    if (k0 == of || !rows) return;
+    of = k0;
+    const int n = k0 < keys ? least(KB, keys - k0) : 0;
+    from = k + static_cast<int64_t>(k0) * key_bytes;
+    from_v = v + static_cast<int64_t>(k0) * value_bytes;
+    end = from + static_cast<int64_t>(n) * key_bytes;
+  }
+  INLINE void some() {
+    if (from >= end) return;
+    UNROLL for (int i = 0; i < 4; i++) {
+      prefetch(from + 64 * i);
+      prefetch(from_v + 64 * i);
+    }
+    from += 256;
+    from_v += 256;
   }
 };
 
@@ -160,7 +206,10 @@ struct Products {
 constexpr float LAZY = 8;
 
 // Scores s of keys [a, n) -> bf16 probabilities p, updating maximum and sums; returns the factor for the result.
-AI float softmax_lazy(const float* s, float* p, int a, int n, float scale, float* m, float* shift, float* l) {
+// Between the exponentials products are done up to `steps`, one instruction at a time: no reordering reaches further.
+INLINE float softmax_lazy(const float* s, float* p, int a, int n, float scale, float* m, float* shift, float* l,
+                          Products& products, int steps) {
+  products.until(steps - (n - a) / 128);
   vf top0 = load(s + a), top1 = load(s + a + VL);
   for (int x = a + 2 * VL; x < n; x += 2 * VL) {
     top0 = vmax(top0, load(s + x));
@@ -176,17 +225,30 @@ AI float softmax_lazy(const float* s, float* p, int a, int n, float scale, float
   }
   const vf by = set1(scale), minus = set1(-*shift);
   vf sum0 = load(l), sum1{};
-  for (int x = a; x < n; x += 2 * VL) {
+  auto exponentials = [&](int x) __attribute__((always_inline)) {
     const vf e0 = exp2v<true>(fma(load(s + x), by, minus)), e1 = exp2v<true>(fma(load(s + x + VL), by, minus));
     store(p + x / 2, pack_pairs(e0, e1));
     sum0 += e0;
     sum1 += e1;
+  };
+  int x = a;
+  for (; x + 128 <= n && products.done < steps; x += 128) {
+    products.part0();
+    exponentials(x);
+    products.part1();
+    exponentials(x + 32);
+    products.part2();
+    exponentials(x + 64);
+    products.part3();
+    exponentials(x + 96);
   }
+  for (; x < n; x += 2 * VL) exponentials(x);
+  products.until(steps);
   store(l, sum0 + sum1);
   return factor;
 }
 
-template <> INLINE int prefill_rows<Amx>(const Job&) { return TR; }
+template <> INLINE TaskRows prefill_rows<Amx>(const Job&) { return {TR, 384}; }
 template <> INLINE size_t prefill_scratch<Amx>(const Job& j, int rows) { return AmxScratch::bytes(j, rows); }
 
 template <> void prefill<Amx>(const Job& j, const PrefillTask& t, char* base) {
@@ -195,7 +257,8 @@ template <> void prefill<Amx>(const Job& j, const PrefillTask& t, char* base) {
   const int words = words_of<Amx>(j.dim), columns = columns_of<Amx>(j.dim_v);
   for (int r = 0; r < t.rows; r++) {
     const int i = (t.row + r) / j.group, h = t.kv_head * j.group + (t.row + r) % j.group;
-    if (r + 8 < t.rows) prefetch_row(query_row(j, j.q, s, t.b, (t.row + r + 8) / j.group, h), j.dim * type_size(j.q.type));
+    if (r + 8 < t.rows)
+      prefetch_row(query_row(j, j.q, s, t.b, (t.row + r + 8) / j.group, h), j.dim * type_size(j.q.type));
     const char* row = query_row(j, j.q, s, t.b, i, h);
     FOR_TYPE(j.q.type, (copy_row<Amx, T>(at.q + static_cast<int64_t>(r) * words, row, j.dim)));
     for (int d = 0; d < columns; d += VL) store(at.o + static_cast<int64_t>(r) * columns + d, vf{});
@@ -206,25 +269,28 @@ template <> void prefill<Amx>(const Job& j, const PrefillTask& t, char* base) {
   }
   const bool simple = plain(j);
   const float scale = scale_of(j, t.b, t.kv_head), by = simple ? scale * LOG2E : 1.f;
-  Products products{at, {}, {}, reinterpret_cast<const float*>(t.kv.k), reinterpret_cast<const float*>(t.kv.v), words, columns};
+  Products products(at, t.kv, words, columns);
   Items items(at.rows, t.rows);
   Item before{}, now{}, next{};
   const Tiles tiles;
+  Ahead ahead{t.kv.k, t.kv.v, words * 4, columns * 2, items.end};
   for (items.next(&next); before.rows || now.rows || next.rows;) {
-    products.init(before, next);
+    products.begin(before, next);
+    ahead.block(now.k0 / KB * KB + KB, now.rows);
     float factor[TR];
     bool rescale = false;
-    float *scores = at.scores(now) , *to = at.probabilities(now);
+    float *scores = at.scores(now), *to = at.probabilities(now);
     for (int y = 0; y < now.rows; y++, scores += SB, to += SB / 2) {
-      products.until(products.total * y / now.rows);
       const int r = now.r + y;
       const Row& row = at.rows[r];
+      ahead.some();
       if (simple) hide_ends(row, now.k0 + now.start, now.stop - now.start, scores + now.start);
       else logits(j, row, scale, now.k0 + now.start, now.stop - now.start, s.n_k, scores + now.start);
-      factor[y] = softmax_lazy(scores, to, now.start, now.stop, by, at.m + r, at.shift + r, at.l + r * VL);
+      factor[y] = softmax_lazy(scores, to, now.start, now.stop, by, at.m + r, at.shift + r, at.l + r * VL,
+                               products, products.total * (y + 1) / now.rows);
       rescale |= factor[y] != 1.f;
     }
-    products.until(products.total);
+    products.finish();
     if (rescale)
       for (int y = 0; y < now.rows; y++) {
         float* o = at.o + static_cast<int64_t>(now.r + y) * columns;

@@ -17,8 +17,9 @@ constexpr int DECODE_ROWS = 16;
 // Keys of one decode task. Fixed, so that the bits of a sequence do not depend on the batch or on threads; 16 partial
 // results at 8192 keys cost 1 % of the reading.
 constexpr int SPLIT = 512;
-// Query rows of a prefill task: packed keys are read once per task from L2, so more is better until L2 is full.
-constexpr int ROWS_OF_A_TASK = 192;
+// Packed keys and values in flight for each thread: they still lie in L2 when they are multiplied (16 heads of 512 keys
+// on AMX: 1.15 times faster than with all heads packed first, Xeon with 2 MiB of L2, 2026-11-30).
+constexpr size_t PACK_OF_A_THREAD = size_t{1} << 20;
 
 // Rows past the last packed sequence belong to none.
 void clear_tail(const Job& j) {
@@ -121,10 +122,10 @@ void run_group(const Job& j, const Isa& isa, const PrefillUnit* units, int count
     ends.push_back((u ? ends.back() : 0) + units[u].panels);
   }
   threads = useful_threads(work, threads);
-  const int multiple = isa.prefill_rows(j);
-  int step = ROWS_OF_A_TASK;
-  while (step > std::max(multiple, 24) && rows < static_cast<int64_t>(step) * threads * 4)
-    step = (step / 2 + multiple - 1) / multiple * multiple;
+  const TaskRows of = isa.prefill_rows(j);
+  int step = of.task;
+  while (step > std::max(of.tile, 24) && rows < static_cast<int64_t>(step) * threads * 4)
+    step = (step / 2 + of.tile - 1) / of.tile * of.tile;
   const size_t each = whole_pages(isa.prefill_scratch(j, step));
   const Lease lease(each * threads + packed_bytes);
   std::vector<Packed> packed;
@@ -157,11 +158,12 @@ void run_prefill(const Job& j, const Isa& isa, const std::vector<int>& sequences
   }
   std::stable_sort(units.begin(), units.end(),
                    [](const PrefillUnit& a, const PrefillUnit& b) { return a.work > b.work; });
+  const size_t limit = std::min(PACK_LIMIT, PACK_OF_A_THREAD * std::max(threads, 1));
   for (size_t first = 0; first < units.size();) {
     size_t last = first, bytes = 0;
     for (; last < units.size(); last++) {
       bytes += whole_pages(units[last].k_bytes) + whole_pages(units[last].v_bytes);
-      if (last > first && bytes > PACK_LIMIT) break;
+      if (last > first && bytes > limit) break;
     }
     run_group(j, isa, &units[first], static_cast<int>(last - first), threads);
     first = last;

@@ -41,7 +41,7 @@ AI bool pairs(const Job& j) { return j.q.type != F32 && j.q.type != F16 && j.k.t
 
 static size_t packed_bytes_of(const Job& j, int n_k, bool values) { PICK(packed_bytes, j, n_k, values); }
 static void pack_of(const Job& j, int b, int kv_head, int panel, Packed to) { PICK(pack, j, b, kv_head, panel, to); }
-static int prefill_rows_of(const Job& j) { PICK(prefill_rows, j); }
+static TaskRows prefill_rows_of(const Job& j) { PICK(prefill_rows, j); }
 static size_t prefill_scratch_of(const Job& j, int rows) { PICK(prefill_scratch, j, rows); }
 static void prefill_of(const Job& j, const PrefillTask& t, char* scratch) { PICK(prefill, j, t, scratch); }
 

@@ -121,6 +121,12 @@ struct DecodeTask {
   float* partial;
 };
 
+// Query rows of a prefill task: a multiple of `tile`. Packed keys are read once per task from L2, so more is better
+// until L2 is full.
+struct TaskRows {
+  int tile, task;
+};
+
 // The functions of one instruction set. `dot` tells whether 16-bit products are made in pairs (bf16 inputs).
 struct Isa {
   const char* name;
@@ -129,7 +135,7 @@ struct Isa {
   int chunk;         // keys of a decode chunk: splits are multiples of it
   size_t (*packed_bytes)(const Job&, int n_k, bool values);
   void (*pack)(const Job&, int b, int kv_head, int panel, Packed);
-  int (*prefill_rows)(const Job&);  // of a tile: tasks are multiples of it
+  TaskRows (*prefill_rows)(const Job&);
   size_t (*prefill_scratch)(const Job&, int rows);
   void (*prefill)(const Job&, const PrefillTask&, char* scratch);
   size_t (*decode_scratch)(const Job&, int rows, int heads);

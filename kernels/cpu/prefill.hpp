@@ -91,7 +91,7 @@ AI void finish_row(const Job& j, const Sequence& s, int b, int i, int h, const f
   }
 }
 
-template <class P> AI int prefill_rows(const Job&) { return MR; }
+template <class P> AI TaskRows prefill_rows(const Job&) { return {MR, 192}; }
 template <class P> AI size_t prefill_scratch(const Job& j, int rows) { return PrefillScratch<P>::bytes(j, rows); }
 
 template <class P> static void prefill(const Job& j, const PrefillTask& t, char* base) {

@@ -74,7 +74,9 @@ template <class P, int T> AI void copy_row(float* to, const char* row, int dim) 
 // A panel: rows[i] (null: zeros) -> to[word][PK].
 template <class P, int T> static void pack_panel(float* to, const char* const* rows, int dim) {
   const int words = words_of<P>(dim);
-  for (int j = 0; j < PK; j += VL)
+  for (int j = 0; j < PK; j += VL) {
+    for (int i = 0; i < VL && j + VL < PK; i++)
+      if (rows[j + VL + i]) prefetch_row(rows[j + VL + i], dim * type_size(T));
     for (int w = 0; w < words; w += VL) {
       vf r[VL];
       UNROLL for (int i = 0; i < VL; i++) r[i] = rows[j + i] ? load_words<P, T>(rows[j + i], w * P::PAIR, dim) : vf{};
@@ -82,6 +84,7 @@ template <class P, int T> static void pack_panel(float* to, const char* const* r
       const int n = least(VL, words - w);
       for (int i = 0; i < n; i++) store(to + static_cast<int64_t>(w + i) * PK + j, r[i]);
     }
+  }
 }
 
 // Up to VL elements as the bits of bf16 numbers.
@@ -94,7 +97,9 @@ template <int T> AI vu load_bf16(const char* p, int n) {
 template <class P, int T> static void pack_rows(float* to, const char* const* rows, int dim, int n) {
   const int columns = columns_of<P>(dim);
   const int64_t size = type_size(T);
-  for (int k = 0; k < n; k += P::PAIR)
+  for (int k = 0; k < n; k += P::PAIR) {
+    for (int i = 8; i < 8 + P::PAIR && k + i < n; i++)
+      if (rows[k + i]) prefetch_row(rows[k + i], dim * type_size(T));
     for (int d = 0; d < columns; d += VL) {
       float* at = to + static_cast<int64_t>(k / P::PAIR) * columns + d;
       if constexpr (P::PAIR == 1) {
@@ -105,6 +110,7 @@ template <class P, int T> static void pack_rows(float* to, const char* const* ro
         store(at, as_float(low | high << 16));
       }
     }
+  }
 }
 
 // c[MR][PK] = rows (stride lda words) * panel.
