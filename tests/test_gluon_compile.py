@@ -20,7 +20,7 @@ KERNELS = [
     (128, False, False, {}),
     pytest.param(128, True, False, {}, marks=pytest.mark.slow),
     (128, True, True, {}),
-    (128, True, False, {"pingpong": True, "persistent": True, "q_slots": 2}),
+    pytest.param(128, True, False, {"pingpong": True, "persistent": True, "q_slots": 2}, marks=pytest.mark.slow),
     pytest.param(256, False, False, {}, marks=pytest.mark.slow),
     (256, True, True, {}),
 ]
@@ -99,8 +99,9 @@ def test_without_overlap_each_product_is_waited_for():
         assert [operands.split()[-1] for name, operands in loop if "DEPBAR" in name] == ["0x0", "0x0"]
 
 
+@pytest.mark.slow
 def test_pingpong_takes_turns_at_named_barriers():
-    kernel = compiled(128, True, False, tuple(KERNELS[5][3].items()))
+    kernel = compiled(128, True, False, tuple({"pingpong": True, "persistent": True, "q_slots": 2}.items()))
     for loop in main_loops(kernel.sass):
         barriers = [
             (name.split(".")[1], operands.split(",")[0].strip()) for name, operands in loop if name[:4] == "BAR."

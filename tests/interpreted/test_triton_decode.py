@@ -18,11 +18,14 @@ from vllm_accel.kernels.triton import forward_launch, paged_launch, splits
 from vllm_accel.testing import Case, check_backend
 
 H200 = PRESETS["h200"]
-_DECODE: dict[str, Any] = {"batch": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "head_dim_v": 16}
+_DECODE: dict[str, Any] = {
+    "batch": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "head_dim_v": 16, "grad": False,
+}  # fmt: skip
 CASES = (
     Case("one", "", seqlen_q=1, seqlen_k=300, options={"causal": True}, **_DECODE),
     Case("split", "", seqlen_q=1, seqlen_k=600, **{**_DECODE, "num_heads": 2, "num_kv_heads": 1}),
-    Case("eight", "", seqlen_q=8, seqlen_k=333, options={"causal": True}, lse_grad=True, **_DECODE),
+    Case("eight", "", seqlen_q=8, seqlen_k=333, options={"causal": True}, **_DECODE),
+    Case("gradients", "", seqlen_q=2, seqlen_k=257, lse_grad=True, **{**_DECODE, "grad": True, "batch": 1}),
     Case("three, not causal", "", seqlen_q=3, seqlen_k=260, **_DECODE),
     Case("options", "", seqlen_q=2, seqlen_k=400, alibi="batch", sinks=True,
          options={"causal": True, "softcap": 4.0, "softmax_scale": 0.3}, **{**_DECODE, "head_dim_v": 24}),
