@@ -13,7 +13,7 @@ step known_bad 45 "$python" -m benchmarks.known_bad --seconds 40 --json "$out/kn
 step triton 90 "$python" -m benchmarks.gpu_triton --out "$out" --budget 80
 step conformance 50 "$python" -m vllm_accel.testing --dtypes bf16 --json "$out/conformance.json"
 step gemm 40 "$python" -m benchmarks.gemm --gpu --budget 32 --json "$out/gemm_targets.json"
-step products 30 "$python" -m benchmarks.gpu_gemm --out "$out" --budget 22
+step products 28 "$python" -m benchmarks.gpu_gemm --out "$out" --budget 20
 step tune 65 "$python" -m vllm_accel.cli tune --budget 55s
 step selection 65 "$python" -m benchmarks.selection --gpu --json "$out/selection.json" --budget 55s
 step attention 60 "$python" -m benchmarks.attention --gpu --rounds 5 --json "$out/attention.json"
