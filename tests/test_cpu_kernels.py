@@ -345,7 +345,7 @@ def test_pytorch_is_first_where_it_alone_has_the_matrix_unit(dtype: torch.dtype,
         module = types.SimpleNamespace(**{name: getattr(load().module, name) for name in ("forward", "sources")})
         module.instruction_sets = lambda: sets
         monkeypatch.setattr(kernels, "load", lambda: kernels.Loaded(module, None))
-        kernels._torch_alone_has.cache_clear()
+        kernels._torch_has.cache_clear()
         plans.invalidate()
         return explain(attention, q[:, :queries], q, q).chosen
 
@@ -355,9 +355,12 @@ def test_pytorch_is_first_where_it_alone_has_the_matrix_unit(dtype: torch.dtype,
         assert chosen(True, ("amx_bf16", "avx512")) == ours
         assert chosen(False, ("avx512", "avx2", "portable")) == "cpu"
         assert chosen(True, ("avx512", "avx2"), queries=1) == "cpu"  # decode is bound by memory
+        q.requires_grad_()
+        assert chosen(True, ("amx_bf16", "avx512")) == "sdpa_cpu"  # backward has no kernel for it
+        assert chosen(False, ("amx_bf16", "avx512")) == "cpu"
     finally:
         monkeypatch.undo()
-        kernels._torch_alone_has.cache_clear()
+        kernels._torch_has.cache_clear()
         plans.invalidate()
 
 
