@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -38,7 +39,8 @@ def cpu_rows(hardware: str, sources: Sequence[Source]) -> Iterator[Plot]:
         canvas.doubling_axis(left)
         left.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         left.set_xlabel("times faster than the other")
-        right.set_xlim(0, max([1.0, *(v for row in rows for v in row["of_machine"].values())]) * 1.03)
+        top = max([1.0, *(v for row in rows for v in row["of_machine"].values())])
+        right.set_xlim(0, math.ceil(top * 10) / 10 + 0.04)  # room for the last label
         right.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         right.set_xlabel("of what the machine gives")
         title = f"Our C++ kernels on {hardware}, {canvas.threads(source)}".rstrip(", ")
