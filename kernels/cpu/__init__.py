@@ -68,7 +68,7 @@ def _torch_has(dtype: torch.dtype) -> bool:
 
 def _we_have(dtype: torch.dtype) -> bool:
     """Tell whether prefill in a dtype multiplies on the matrix unit here."""
-    sets = () if load().reason else load().module.instruction_sets()
+    sets: tuple[str, ...] = () if load().reason else load().module.instruction_sets()
     return dtype is torch.bfloat16 and bool(sets) and sets[0].startswith("amx")
 
 
