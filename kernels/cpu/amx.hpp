@@ -11,20 +11,16 @@ constexpr int TC = 32;   // columns that are summed up together
 constexpr int SB = 256;  // keys of an item: fewer make the result, which is read and written per item, cost more
 
 // Every tile is whole (operands are padded), so one configuration serves all tasks. It is let go at the end of a task:
-// code that configures tiles for itself, as torch's does, finds them as if nobody else were here.
-struct Tiles {
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
+// code that configures tiles for itself, as torch's does, finds them as if nobody else were here. No destructor does it:
+// that would bring in what exceptions need, a weak symbol (tests/test_cpu_build.py).
+AI void configure_tiles() {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  _tile_loadconfig(&config);
+}
 
 // Rows [r, r + rows) of a task, keys k0 + [start, stop) of its sequence; start and stop are multiples of TC.
 struct Item {
@@ -272,7 +268,7 @@ template <> void prefill<Amx>(const Job& j, const PrefillTask& t, char* base) {
   Products products(at, t.kv, words, columns);
   Items items(at.rows, t.rows);
   Item before{}, now{}, next{};
-  const Tiles tiles;
+  configure_tiles();
   Ahead ahead{t.kv.k, t.kv.v, words * 4, columns * 2, items.end};
   for (items.next(&next); before.rows || now.rows || next.rows;) {
     products.begin(before, next);
@@ -299,6 +295,7 @@ template <> void prefill<Amx>(const Job& j, const PrefillTask& t, char* base) {
     before = now, now = next;
     if (!items.next(&next)) next = Item{};
   }
+  _tile_release();
   for (int r = 0; r < t.rows; r++)
     finish_row(j, s, t.b, at.rows[r].i, at.rows[r].h, at.o + static_cast<int64_t>(r) * columns, at.m[r],
                lane_sum(load(at.l + r * VL)));
