@@ -28,6 +28,7 @@ from vllm_accel.kernels.cpu import load
 from vllm_accel.testing import CASES, PAGED_CASES, Case, PagedCase, check_paged_call
 from vllm_accel.testing.conformance import check_call, kernel_call
 from vllm_accel.testing.conformance_paged import paged_kernel_call
+from vllm_accel.testing.oracle import attention_oracle, plain_attention
 
 pytestmark = pytest.mark.skipif(load().reason is not None, reason=f"cpu kernels: {load().reason}")
 
@@ -288,6 +289,17 @@ def test_around_the_tiles(isa: int, sizes: tuple[int, ...], window: tuple[int, i
         options={"causal": window[1] < 0, "window_size": window},
     )  # fmt: skip
     check_call(call_with(isa), case, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("isa", range(len(ISAS)), ids=ISAS)
+@pytest.mark.parametrize("queries", [2, 20])  # decode, prefill
+def test_thousands_of_keys_cost_no_digits_in_fp32(isa: int, queries: int) -> None:
+    """One chain of sums through all keys would be four to five times as far off as plain attention."""
+    g = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(1, n, 2, 64, generator=g) for n in (queries, 8000, 8000))
+    want = attention_oracle(q, k, v)[0]
+    off, plain = (float((x - want).abs().max()) for x in (call_with(isa)(q, k, v), plain_attention(q, k, v)[0]))
+    assert off <= 2 * plain, (off, plain)
 
 
 @pytest.mark.parametrize("isa", range(len(ISAS)), ids=ISAS)
