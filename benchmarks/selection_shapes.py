@@ -76,8 +76,8 @@ def _drawn(work: Work, dtype: torch.dtype, dice: random.Random, device: Device) 
 
 
 def _between(values: list[int], dice: random.Random) -> int:
-    """Draw from the range of the values, evenly by octave."""
-    low, high = math.log2(values[0]), math.log2(values[-1])
+    """Draw from the range of the values, evenly by octave: a measured point speaks for calls beyond the ends too."""
+    low, high = math.log2(values[0]) - 0.5, math.log2(values[-1]) + 0.5
     return max(1, round(2 ** dice.uniform(low, high)))
 
 
