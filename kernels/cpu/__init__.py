@@ -77,7 +77,7 @@ def outrun(spec: Any) -> str | None:
 
     That is prefill on a machine whose matrix unit torch uses and this extension does not: built by a compiler that
     does not know it, not permitted, or (fp16) without such a kernel; and training there, whose backward does not use
-    it (forward and backward of 16 heads of 64, 1024 tokens in bf16: 0.83 of PyTorch's speed, Xeon 6, 2026-11-30).
+    it (forward and backward of 16 heads of 64, 1024 tokens in bf16: 0.83 of PyTorch's speed, Intel Xeon, 2026-11-30).
     Decode, which is bound by memory, is ours either way.
     """
     if spec.block_size or spec.seqlen_q * (spec.num_heads // spec.num_kv_heads) <= _DECODE_ROWS:
