@@ -109,7 +109,7 @@ def examine(problem: AttentionProblem, device: torch.device, rounds: int) -> Cas
 def _compare(case: Case, selection: Selection, times: Any, varies: bool) -> None:
     eligible = [c.name for c in selection.candidates if c.state in (State.CHOSEN, State.ABLE)]
     found = {name: times[name] for name in eligible if name in times}
-    order = [name for name in shipped_order(selection.op, selection.device) if name in eligible]
+    order = [name for name in shipped_order(selection.op, selection.device, selection.spec) if name in eligible]
     case.call, case.chosen, case.decided_by = str(selection.spec), selection.chosen or "", selection.decided_by
     case.costs = {name: cost(timing, varies) for name, timing in found.items()}
     case.held_back = {name: cost(timing, varies) for name, timing in times.items() if name not in found}

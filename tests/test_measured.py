@@ -124,6 +124,21 @@ def test_interpolation_follows_work_that_grows_by_the_square() -> None:
     assert flat.seconds == pytest.approx(math.sqrt(rows[0].times["toy"].seconds * rows[1].times["toy"].seconds))
 
 
+def test_device_and_host_are_interpolated_apart_and_the_longer_one_counts() -> None:
+    fit = Fit(0.0, 1e-11, 0.0)
+    specs = [spec_of(n) for n in (128, 512)]
+    device = [fit.seconds(spec) for spec in specs]
+    at = fit.seconds(spec_of(256))
+    for host, expected in ((3 * at, 3 * at), (at / 3, at)):
+        times = [Timing(max(d, host), 0.01, cold=d, host=host) for d in device]
+        rows = [Row("attention", spec, {"toy": t}) for spec, t in zip(specs, times, strict=True)]
+        found = estimate.estimates(spec_of(256), rows, {"toy": fit}, cost.CPU)["toy"]
+        assert found.seconds == pytest.approx(expected, rel=1e-9)
+    # Rows without the two halves: the whole time is scaled.
+    rows = [Row("attention", spec, {"toy": Timing(2 * d, 0.01)}) for spec, d in zip(specs, device, strict=True)]
+    assert estimate.estimates(spec_of(256), rows, {"toy": fit}, cost.CPU)["toy"].seconds == pytest.approx(2 * at)
+
+
 def test_the_model_is_recovered_from_times_that_obey_it() -> None:
     true = Fit(3e-5, 2e-11, 4e-10)
     specs = [spec_of(q, k, batch=b) for q, k in ((32, 32), (64, 512), (512, 512), (16, 4096)) for b in (1, 8)]

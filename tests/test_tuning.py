@@ -178,6 +178,36 @@ def missing_meta(p: GemmProblem) -> Any:
     return p.explain(p.make(torch.device("meta")), detect(CPU)).spec
 
 
+def test_a_host_that_drifts_is_timed_over_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(timing.CudaClock):
+        """A device that takes 10 us, and a host that takes more with every round."""
+
+        def __init__(self) -> None:
+            self._host = {}
+
+        def peak(self, call: timing.Call) -> int | None:
+            return None
+
+        def seconds(self, call: timing.Call, times: int) -> float:
+            on_host = self._host.setdefault(id(call), [])
+            on_host.append((len(on_host) or 100) * 1e-5)  # the first call is no round
+            return 1e-5
+
+        def warm(self, call: timing.Call) -> float | None:
+            return None
+
+    monkeypatch.setattr(timing, "clock", lambda device: Clock())
+    found = trial.measure(problem(), CPU, rounds=5)
+    for name in ("cpu", "sdpa_cpu", "reference"):
+        if name in found.row.times and found.row.times[name].host is not None:
+            made = found.row.times[name]
+            assert made.host == made.seconds == pytest.approx(3e-5) and made.cold == pytest.approx(1e-5)
+            assert made.noise == pytest.approx(trial.noise_of([1e-5, 2e-5, 3e-5, 4e-5, 5e-5]))
+            break
+    else:
+        pytest.fail("nothing was timed in turns")
+
+
 def test_noise_is_half_of_the_middle_half() -> None:
     assert trial.noise_of([1.0, 1.0, 1.0, 1.0]) == 0.0
     assert trial.noise_of([0.9, 1.0, 1.1]) == pytest.approx(0.1)

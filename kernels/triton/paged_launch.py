@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import triton.language as tl
-from vllm_accel.dispatch.backend import PagedArgs
+from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
 from vllm_accel.kernels.triton.combine import combine_splits
 from vllm_accel.kernels.triton.launch import Launch
 from vllm_accel.kernels.triton.paged import paged_attention
@@ -26,6 +26,27 @@ _JOINED_FLOATS = 8192
 
 #: Slots of a block that is as long as its sequence: longer than any, and a multiple of every tile.
 _ENDLESS = 1 << 30
+
+#: Where a call's sequences are: cu_seqlens_q, block_table, seqused_k.
+Where = tuple[Tensor, Tensor, Tensor]
+#: Small tensors that a call may have: alibi_slopes, sinks, q_descale, k_descale, v_descale. Read as contiguous.
+Options = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def where_of(args: PagedArgs) -> Where:
+    """Return the three tensors that say where a call's sequences are."""
+    return args.cu_seqlens_q, args.block_table, args.seqused_k
+
+
+def options_of(args: PagedArgs | AttentionArgs) -> Options:
+    """Return the small tensors of a call."""
+    return args.alibi_slopes, args.sinks, args.q_descale, args.k_descale, args.v_descale
+
+
+def contiguous(options: Options) -> Options:
+    """Return the small tensors as the kernels read them."""
+    alibi, sinks, q, k, v = (None if t is None else t.contiguous() for t in options)
+    return alibi, sinks, q, k, v
 
 
 def padded(head_dim: int) -> int:
@@ -99,7 +120,7 @@ def attention_launch(
         fn=paged_attention,
         grid=(work.tiles * work.num_splits * kv_heads * sequences, 1, 1),
         args=(
-            *attention_tensors(q, k_cache, v_cache, out, lse, part, args, native_e4m3),
+            *attention_tensors(q, k_cache, v_cache, out, lse, part, where_of(args), options_of(args), native_e4m3),
             args.softmax_scale, args.softcap, max(left, 0), max(right, 0), tokens, batch, num_blocks,
             args.block_table.shape[1], kv_heads, work.num_splits, work.goal, work.tiles, work.low_q, work.high_q,
             work.part_rows,
@@ -113,16 +134,13 @@ def attention_launch(
 
 
 def attention_tensors(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor | None, part: Tensor | None, args: PagedArgs,
-    native_e4m3: bool,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor | None, part: Tensor | None, where: Where,
+    options: Options, native_e4m3: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the tensors of `attention_launch`, in the kernel's order (see `launch.Bound`)."""
     if not native_e4m3:
         q, k_cache, v_cache = (t.view(torch.uint8) if t.dtype is _E4M3 else t for t in (q, k_cache, v_cache))
-    return (
-        q, k_cache, v_cache, args.cu_seqlens_q, args.block_table, args.seqused_k, out, lse, part,
-        args.alibi_slopes, args.sinks, args.q_descale, args.k_descale, args.v_descale,
-    )  # fmt: skip
+    return (q, k_cache, v_cache, *where, out, lse, part, *options)
 
 
 def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs) -> Launch:
@@ -135,8 +153,8 @@ def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, ar
         fn=combine_splits,
         grid=(tokens if work.search else work.part_rows, heads, 1),
         args=(
-            *combine_tensors(out, lse, part, args), tokens, args.seqused_k.shape[0], heads, work.num_splits, work.low_q,
-            work.high_q, work.part_rows,
+            *combine_tensors(out, lse, part, args.cu_seqlens_q, args.sinks), tokens, args.seqused_k.shape[0], heads,
+            work.num_splits, work.low_q, work.high_q, work.part_rows,
         ),
         constexprs={
             "DV": head_dim_v, "BLOCK_DV": padded(head_dim_v), "BLOCK_S": together, "SEARCH": work.search,
@@ -147,6 +165,8 @@ def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, ar
     )  # fmt: skip
 
 
-def combine_tensors(out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs) -> tuple[Tensor | None, ...]:
+def combine_tensors(
+    out: Tensor, lse: Tensor | None, part: Tensor, cu_seqlens_q: Tensor, sinks: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Return the tensors of `combine_launch`, in the kernel's order."""
-    return (part, args.cu_seqlens_q, args.sinks, out, lse)
+    return (part, cu_seqlens_q, sinks, out, lse)

@@ -12,10 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vllm_accel.backends.triton_paged import TritonPaged
+from vllm_accel.backends.triton import tf32_allowed
+from vllm_accel.backends.triton_paged import Prepared, TritonPaged
 from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.spec import AttentionSpec, Feature
+from vllm_accel.kernels.triton.paged_launch import Options, contiguous, options_of
 from vllm_accel.kernels.triton.splits import DECODE_TOKENS, MIN_SPLIT
 
 #: What the paged kernel does not do, and what promises bits that do not depend on the batch: splits do.
@@ -44,24 +46,37 @@ def prepare_decode(
         q: (B, Sq, H, D). args: with windows that no sum of positions overflows with.
     """
     batch, seqlen_q, heads, head_dim = q.shape
-    seqlen_k, window = args.max_seqlen_k, args.window_size
+    seqlen_k = args.max_seqlen_k
     ends = torch.arange(0, (batch + 1) * seqlen_q, seqlen_q, dtype=torch.int32, device=q.device)[: batch + 1]
     table = torch.arange(batch, dtype=torch.int32, device=q.device).unsqueeze(1)
     used = torch.full((batch,), seqlen_k, dtype=torch.int32, device=q.device)
+    where = (ends, table, used)
     paged = TritonPaged(spec, device, one_block=True)
+    rows_of, out_shape = (batch * seqlen_q, heads, head_dim), (batch, seqlen_q, heads, -1)
+    # A launch reads an address, and the strides that it was prepared with: no view is needed where rows are one.
+    in_place = q.reshape(rows_of).data_ptr() == q.data_ptr()
+    untidy = any(t is not None and not t.is_contiguous() for t in options_of(args))
+    window = args.window_size
+    fp32 = spec.dtype is torch.float32 and device.platform == "cuda"
+    ways: dict[bool, Prepared] = {}  # with fp32: whether products round to TF32, which may change between two calls
+
+    def prepared(q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, options: Options, tf32: bool) -> Prepared:
+        paged_args = PagedArgs(
+            *where, *options, seqlen_q, seqlen_k, args.softmax_scale, args.causal, window, args.softcap, args.need_lse,
+            args.deterministic, False,
+        )  # fmt: skip
+        ways[tf32] = found = paged.prepare(q.reshape(rows_of), k, v, paged_args, tf32)
+        return found
 
     def forward(q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        rows = q.reshape(batch * seqlen_q, heads, head_dim)
-        out, lse = paged.forward(
-            rows, k, v,
-            PagedArgs(
-                ends, table, used, args.alibi_slopes, args.sinks, args.q_descale, args.k_descale, args.v_descale,
-                seqlen_q, seqlen_k, args.softmax_scale, args.causal, window, args.softcap, args.need_lse,
-                args.deterministic, False,
-            ),
-        )  # fmt: skip
+        tf32 = fp32 and tf32_allowed()
+        options = options_of(args)
+        if untidy:
+            options = contiguous(options)
+        way = ways.get(tf32) or prepared(q, k, v, args, options, tf32)
+        out, lse = way(q if in_place else q.reshape(rows_of), k, v, where, options, args.softmax_scale, args.softcap)
         if lse is not None:
             lse = lse.view(heads, batch, seqlen_q).transpose(0, 1).contiguous()
-        return out.view(batch, seqlen_q, heads, -1), lse, None
+        return out.view(out_shape), lse, None
 
     return forward

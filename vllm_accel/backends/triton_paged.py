@@ -30,13 +30,34 @@ def bind_paged(spec: AttentionSpec, device: Device, num_splits: int = 0) -> Trit
     return TritonPaged(spec, device, num_splits)
 
 
-class _Prepared:
-    """Everything about a call that its shapes decide."""
+class Prepared:
+    """A call whose sizes, strides and options are known: it allocates, and launches."""
 
-    __slots__ = ("launches", "scratch")
+    __slots__ = ("_device", "_dtype", "_launches", "_lse_shape", "_native_e4m3", "_out_shape", "_scratch")
 
-    def __init__(self, launches: list[tuple[Bound, Bound | None]], scratch: int) -> None:
-        self.launches, self.scratch = launches, scratch
+    def __init__(
+        self, launches: list[tuple[Bound, Bound | None]], scratch: int, out: Tensor, lse: Tensor | None, native: bool
+    ) -> None:
+        self._launches, self._scratch, self._native_e4m3 = launches, scratch, native
+        self._out_shape, self._dtype, self._device = out.shape, out.dtype, out.device
+        self._lse_shape = None if lse is None else lse.shape
+
+    def __call__(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, where: paged_launch.Where, options: paged_launch.Options,
+        softmax_scale: float, softcap: float,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Return out and lse (None unless it is needed)."""
+        device, shape = self._device, self._lse_shape
+        out = torch.empty(self._out_shape, dtype=self._dtype, device=device)
+        lse = None if shape is None else torch.empty(shape, dtype=torch.float32, device=device)
+        part = torch.empty(self._scratch, dtype=torch.float32, device=device) if self._scratch else None
+        native = self._native_e4m3
+        tensors = paged_launch.attention_tensors(q, k_cache, v_cache, out, lse, part, where, options, native)
+        for attention, combine in self._launches:
+            attention(tensors, (softmax_scale, softcap))
+            if combine is not None and part is not None:
+                combine(paged_launch.combine_tensors(out, lse, part, where[0], options[1]))
+        return out, lse
 
 
 class TritonPaged:
@@ -58,16 +79,18 @@ class TritonPaged:
             return paged_launch.choose_tile(device.arch, rows, *kind)
 
         self._tile_for: Callable[[int], Tile] = tile_for
-        self._prepared: dict[Any, _Prepared] = {}
+        self._prepared: dict[Any, Prepared] = {}
 
     def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, args: PagedArgs) -> tuple[Tensor, Tensor | None]:
         """Compute out and lse; see `dispatch.backend.PagedKernel`."""
         kinds: tuple[Any, ...] = _NO_OPTIONS
-        options = (args.alibi_slopes, args.sinks, args.q_descale, args.k_descale, args.v_descale)
+        options = paged_launch.options_of(args)
         if any(t is not None for t in options):
-            a, s, *d = [None if t is None else t.contiguous() for t in options]
-            args = args._replace(alibi_slopes=a, sinks=s, q_descale=d[0], k_descale=d[1], v_descale=d[2])
-            kinds = tuple([None if t is None else (t.dim(), t.dtype) for t in (a, s, *d)])
+            options = paged_launch.contiguous(options)
+            alibi, sinks, *descales = options
+            args = args._replace(alibi_slopes=alibi, sinks=sinks)
+            args = args._replace(q_descale=descales[0], k_descale=descales[1], v_descale=descales[2])
+            kinds = tuple([None if t is None else (t.dim(), t.dtype) for t in options])
         table = args.block_table
         tf32 = self._fp32_products and tf32_allowed()
         key = (
@@ -76,25 +99,19 @@ class TritonPaged:
             args.need_lse, args.batch_invariant, kinds, tf32, q.device,
         )  # fmt: skip
         prepared = self._prepared.get(key)
-        tokens, heads = q.shape[:2]
-        out = torch.empty((tokens, heads, v_cache.shape[3]), dtype=self._out_dtype, device=q.device)
-        lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device) if args.need_lse else None
         if prepared is None:
-            prepared = self._prepare(q, k_cache, v_cache, out, lse, args, tf32)
+            prepared = self.prepare(q, k_cache, v_cache, args, tf32)
             if len(self._prepared) >= _KEPT:
                 self._prepared.clear()
             self._prepared[key] = prepared
-        part = torch.empty(prepared.scratch, dtype=torch.float32, device=q.device) if prepared.scratch else None
-        tensors = paged_launch.attention_tensors(q, k_cache, v_cache, out, lse, part, args, self._native_e4m3)
-        for attention, combine in prepared.launches:
-            attention(tensors, (args.softmax_scale, args.softcap))
-            if combine is not None and part is not None:
-                combine(paged_launch.combine_tensors(out, lse, part, args))
-        return out, lse
+        where = paged_launch.where_of(args)
+        return prepared(q, k_cache, v_cache, where, options, args.softmax_scale, args.softcap)
 
-    def _prepare(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor | None, args: PagedArgs, tf32: bool
-    ) -> _Prepared:
+    def prepare(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, args: PagedArgs, tf32: bool = False) -> Prepared:
+        """Return what computes calls with these sizes, strides and options, whose small tensors are contiguous."""
+        tokens, heads = q.shape[:2]
+        out = torch.empty((tokens, heads, v_cache.shape[3]), dtype=self._out_dtype, device=q.device)
+        lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device) if args.need_lse else None
         sizes = paged_launch.sizes_of(q, v_cache, args)
         works = splits.plan_work(sizes, self._tile_for, self._sm_count, self._num_splits)
         scratch = splits.scratch(works, sizes)
@@ -112,4 +129,4 @@ class TritonPaged:
             if work.split and part is not None:
                 joined = Bound(paged_launch.combine_launch(work, out, lse, part, args))
             launches.append((Bound(made_of=(work.tile, make)), joined))
-        return _Prepared(launches, scratch)
+        return Prepared(launches, scratch, out, lse, self._native_e4m3)

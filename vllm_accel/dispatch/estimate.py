@@ -101,16 +101,30 @@ def as_fast(one: Estimate, fastest: Estimate) -> bool:
 
 
 def _interpolate(spec: Any, points: list[tuple[Any, Timing, float]], model: Fit) -> Estimate:
-    """Weigh the ratio of measured to modelled time by the inverse square of the distance."""
-    total = weighted = noise = 0.0
+    """Weigh the ratio of measured to modelled time by the inverse square of the distance.
+
+    Where the device and the host were timed apart they are interpolated apart, and the longer one counts: what Python
+    and a launch take changes little with the lengths, so that it must not be scaled as the kernel is.
+    """
+    total = device = host = noise = 0.0
+    apart = all(timing.cold is not None and timing.host is not None for _, timing, _ in points)
     for point, timing, distance in points:
         if point == spec:
             return Estimate(timing.seconds, timing.noise, 1, True)
         weight = 1.0 / max(distance, _BESIDE) ** 2
         total += weight
-        weighted += weight * math.log(timing.seconds / model.seconds(point))
+        device += weight * math.log(device_seconds(timing) / model.seconds(point))
+        host += weight * math.log(timing.host or 1.0)
         noise += weight * timing.noise
-    return Estimate(model.seconds(spec) * math.exp(weighted / total), noise / total, len(points), False)
+    seconds = model.seconds(spec) * math.exp(device / total)
+    if apart:
+        seconds = max(seconds, math.exp(host / total))
+    return Estimate(seconds, noise / total, len(points), False)
+
+
+def device_seconds(timing: Timing) -> float:
+    """Return the device's part of a time, all of it where it was not measured apart."""
+    return timing.seconds if timing.cold is None or timing.host is None else timing.cold
 
 
 def distance_of(a: Any, b: Any) -> float | None:

@@ -22,7 +22,7 @@ from vllm_accel.dispatch import plan
 from vllm_accel.dispatch import settings as settings_module
 from vllm_accel.dispatch.cost import Fit, family_of, fitted
 from vllm_accel.dispatch.device import Device, cpu_name
-from vllm_accel.dispatch.estimate import class_of
+from vllm_accel.dispatch.estimate import class_of, device_seconds
 from vllm_accel.dispatch.table_file import POLICY, Row, Table, merged, minor, parse
 
 COMMAND = "vllm-accel tune"
@@ -58,7 +58,9 @@ class Source:
         key = (op, backend, family_of(spec))
         if key not in self._fits:
             rows = [row for row in self.table.rows if row.op == op and family_of(row.spec) == key[2]]
-            self._fits[key] = fitted([(row.spec, row.times[backend].seconds) for row in rows if backend in row.times])
+            self._fits[key] = fitted(
+                [(row.spec, device_seconds(row.times[backend])) for row in rows if backend in row.times]
+            )
         return self._fits[key]
 
     def __str__(self) -> str:

@@ -34,6 +34,10 @@ _ATTENTION: dict[str, tuple[str, ...]] = {
     "other": ("reference",),
 }  # fmt: skip
 
+#: Queries a sequence up to which `gluon_hopper` goes behind `triton`: one query fills a 64th of its tile and nothing
+#: shares out the keys. 2 to 4 times as slow on an H200 (bf16, 1 to 64 sequences of 8k and 32k keys, 2026-11-30).
+_FEW_QUERIES = 8
+
 #: `cublas` has no groups that leave the host alone. Our Triton kernel is before PyTorch's: it takes every form, scaling
 #: and stride without a copy, and printed 0.98 to 1.31 times the speed of torch._grouped_mm on an H200
 #: (docs/gemm_kernels.md).
@@ -62,11 +66,15 @@ def shipped_order(op: str, device: Device, spec: Any = None) -> tuple[str, ...]:
     """Return the backends to try for an operation on a device, first one first.
 
     With a spec the order is that of its kind of call: `cpu` goes behind PyTorch's kernel where that alone has a matrix
-    unit (`kernels.cpu.outrun`).
+    unit (`kernels.cpu.outrun`), and `gluon_hopper` behind `triton` for decodes (`_FEW_QUERIES`).
     """
     if op == "gemm":
         return _GEMM_CPU if device.type == "cpu" else _GEMM
     order = _ATTENTION[device_class(device)]
+    if "gluon_hopper" in order and spec is not None and spec.seqlen_q <= _FEW_QUERIES:
+        others = [name for name in order if name != "gluon_hopper"]
+        at = others.index("triton") + 1
+        order = (*others[:at], "gluon_hopper", *others[at:])
     if device.platform == "cpu" and spec is not None:
         from vllm_accel.kernels.cpu import outrun  # `import vllm_accel` loads no kernels
 

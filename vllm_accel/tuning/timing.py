@@ -60,13 +60,14 @@ class CudaClock:
         properties = torch.cuda.get_device_properties(device)
         size = max(2 * int(getattr(properties, "L2_cache_size", 0)), 128 << 20)
         self._flush = torch.empty(size, dtype=torch.uint8, device=device)
-        self._host: dict[int, float] = {}
+        self._host: dict[int, list[float]] = {}
 
     def seconds(self, call: Call, times: int) -> float:
         """Return the median over `times` calls, launch included only where the GPU waits for it."""
         # Overwriting the cache also keeps the GPU busy while the call is launched, once as a rule, and more often for
         # calls whose Python takes longer: kernels are timed without their launch.
-        passes = 1 + min(int(self._host.get(id(call), 0.0) / _FLUSH_SECONDS), _MOST_PASSES)
+        host = self._host.setdefault(id(call), [])
+        passes = 1 + min(int(host[-1] / _FLUSH_SECONDS) if host else 0, _MOST_PASSES)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
         taken = []
         for start, end in events:
@@ -78,12 +79,15 @@ class CudaClock:
             taken.append(time.perf_counter() - before)
             end.record()
         torch.cuda.synchronize(self._device)
-        self._host[id(call)] = statistics.median(taken)
+        host.append(statistics.median(taken))
         return float(statistics.median(start.elapsed_time(end) for start, end in events)) * 1e-3
 
-    def host(self, call: Call) -> float | None:
-        """Return what a call took on the host when it was last timed, None if it was not."""
-        return self._host.get(id(call))
+    def host(self, call: Call, rounds: int) -> list[float]:
+        """Return what a call took on the host in each of the last rounds that it was timed in.
+
+        As many as those of the device: the host's speed drifts, so that one round says little.
+        """
+        return self._host.get(id(call), [])[-rounds:]
 
     def warm(self, call: Call) -> float | None:
         """Return the seconds of a call in a CUDA graph, its data in the L2 cache as far as it fits; else None."""

@@ -164,14 +164,16 @@ def _timed(
             _assert_alive(device, found.row, name)
             continue
         cold = host = graph = None
-        seconds = timed.seconds
+        seconds, noise = timed.seconds, noise_of(timed.rounds)
         if isinstance(clock, timing.CudaClock):
-            cold, host = seconds, clock.host(calls[name])
-            seconds = max(cold, host or 0.0)
+            on_host = clock.host(calls[name], len(timed.rounds))
+            cold, host = seconds, statistics.median(on_host)
+            if host > cold:
+                seconds, noise = host, noise_of(on_host)
             safe = registry.get(found.row.op, name).capability.capture_safe
             graph = clock.warm(calls[name]) if safe and not grad and cold < _SHORT else None
             _assert_alive(device, found.row, name)
-        times[name] = Timing(seconds, noise_of(timed.rounds), new_length[name], cold, graph, host)
+        times[name] = Timing(seconds, noise, new_length[name], cold, graph, host)
     return times
 
 
