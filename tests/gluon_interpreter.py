@@ -262,18 +262,18 @@ class Machine:
         self.pause()
         barrier.arrive(count, more_bytes)
 
-    def named_arrive(self, number):
+    def named_arrive(self, number, threads=256):
         self.pause()
         state = self.named.setdefault(number, SimpleNamespace(arrived=set(), turns=0))
         assert self.local.me.go not in state.arrived, "a partition arrives twice at one named barrier"
         state.arrived.add(self.local.me.go)
-        if len(state.arrived) == 2:
+        if len(state.arrived) == threads // 128:
             state.arrived, state.turns = set(), state.turns + 1
         return state
 
-    def named_sync(self, number):
+    def named_sync(self, number, threads=256):
         before = self.named[number].turns if number in self.named else 0
-        state = self.named_arrive(number)
+        state = self.named_arrive(number, threads)
         self.pause(lambda: state.turns > before, f"named barrier {number}")
 
     def product(self, a, b, acc, use_acc=True, is_async=False):

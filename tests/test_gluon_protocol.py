@@ -76,7 +76,7 @@ def run(
     tiles_per_head = -(-longest // (64 * constexprs["CONSUMERS"]))
     tiles = tiles_per_head * heads * sequences
     args = (
-        Descriptor(q, (1, 1, 64, D)), Descriptor(k, (1, 1, BN, D)), Descriptor(v, (1, 1, BN, D)),
+        Descriptor(q, (1, 1, 64, D)), *(Descriptor(t, (1, 1, constexprs["BN"], D)) for t in (k, v)),
         Pointer(out.reshape(-1)), Pointer(lse.reshape(-1)), Pointer(cu_q) if lengths else None,
         Pointer(cu_k) if lengths else None, scale, seqlen_q, seqlen_k, sequences, heads, heads // kv_heads, together,
         tiles_per_head, tiles,
@@ -105,6 +105,7 @@ def test_every_variant_is_right_and_never_stuck(variant):
     run(seed=8, kv_heads=2, seqlen_q=70, seqlen_k=150, causal=True, **options)
     run(seed=9, lengths=LENGTHS, causal=True, **options)
     run(seed=10, lengths=LENGTHS, causal=False, **options)
+    run(seed=11, lengths=LENGTHS, BN=48, **options)  # what is zeroed is shared out
 
 
 @pytest.mark.parametrize("together", [1, 2, 4, 6])
@@ -128,6 +129,8 @@ def test_tiles_are_a_permutation_whatever_heads_go_together(together):
         ("warpgroup_mma_wait(1, deps=[s_token])", "warpgroup_mma_wait(2, deps=[s_token])"),
         ("acc, p, p_next = warpgroup_mma_wait(0", "acc, p, p_next = warpgroup_mma_wait(1"),
         ("v_s.index(used % STAGES)), len_k", "v_s.index(used % STAGES)), 1 + len_k"),
+        ("(i % CONSUMERS == c)", "(i % CONSUMERS == 0)"),
+        ("    named_sync(CONSUMERS_BARRIER, CONSUMERS * 128)\n", "    pass\n"),
         ('shift = gl.where(highest == float("-inf"), 0.0, highest)', "shift = highest"),
         ("free = gl.minimum(free, start + 1", "free = gl.minimum(free, start + 17"),
         ("(rows < len_q - start)", "(rows <= len_q - start)"),
@@ -144,6 +147,7 @@ def test_a_broken_protocol_is_noticed(tmp_path, old, new):
         for options in ({"PINGPONG": True}, {"PINGPONG": True, "PERSISTENT": True}, {"PERSISTENT": True}):
             run(source=broken, heads=1, seqlen_q=150, seqlen_k=90, **options)
             run(source=broken, seed=9, lengths=LENGTHS, causal=True, **options)
+            run(source=broken, seed=11, lengths=LENGTHS, BN=48, **options)
 
     with pytest.raises(AssertionError):  # a Deadlock is one
         runs()

@@ -18,7 +18,7 @@ second product runs (FlashAttention 3, arXiv 2407.08608, section 3.2). With PING
 products, so that the softmax of one runs under the products of the other.
 
 V rows past a packed sequence's end belong to somebody else and may hold NaN; 0 * NaN is NaN, so they are zeroed in
-shared memory. Both consumers do it, with the same bytes, each before its own first product with that tile.
+shared memory. The consumers share the rows out, and meet before their first product with that tile.
 
 Layouts: descriptors over (B, heads, S, D), any strides that are multiples of 16 bytes, or packed (T, heads, D) as one
 sequence; out contiguous (B, S, H, Dv) or (T, H, Dv), lse fp32 (B, H, S) or (H, T). Tiles: `VARIANTS` in
@@ -39,16 +39,18 @@ LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # query rows of one consumer: the M of one wgmma
 FIRST_NAMED_BARRIER = gl.constexpr(8)  # Triton takes 0 and one or two per partition, hardware has 16
+CONSUMERS_BARRIER = gl.constexpr(10)  # after the two that take turns
 
 #: Waits for all warps of the partition: Triton 3.7 renamed it.
 partition_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
 @gluon.jit
-def named_sync(barrier):
+def named_sync(barrier, threads=256):
     gl.inline_asm_elementwise(
-        "bar.sync $1, 256; mov.u32 $0, $1;", "=r,r", [gl.to_tensor(barrier)], dtype=gl.int32, is_pure=False, pack=1
-    )
+        "bar.sync $1, $2; mov.u32 $0, $1;", "=r,r,r", [gl.to_tensor(barrier), gl.to_tensor(threads)], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -188,18 +190,18 @@ def as_matrix(tile):
 
 
 @gluon.jit
-def zero_rows_from(tile, first, BN: gl.constexpr, D: gl.constexpr):
-    """Zero the rows of a tile in shared memory from `first` on, which may be any number."""
+def zero_rows_from(tile, first, c, BN: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Zero the rows of a tile in shared memory from `first` on, which may be any number: the consumers share it out."""
     CHUNK: gl.constexpr = 16
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    for c in gl.static_range(BN // CHUNK):
-        if first < (c + 1) * CHUNK:
-            part = tile.slice(c * CHUNK, CHUNK)
-            rows = c * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))
+    for i in gl.static_range(BN // CHUNK):
+        if (first < (i + 1) * CHUNK) & (i % CONSUMERS == c):
+            part = tile.slice(i * CHUNK, CHUNK)
+            rows = i * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))
             values = part.load(LAYOUT)
             part.store(gl.where((rows < first)[:, None], values, gl.zeros_like(values)))
     fence_async_shared()  # what ordinary stores wrote is read by wgmma, through the other proxy
-    partition_barrier()
+    named_sync(CONSUMERS_BARRIER, CONSUMERS * 128)
 
 
 @gluon.jit
@@ -299,7 +301,7 @@ def consumer(
             if VARLEN:  # noqa: SIM102
                 if blocks * BN > len_k:
                     mbarrier.wait(v_full.index(used % STAGES), (used // STAGES) & 1)
-                    zero_rows_from(as_matrix(v_s.index(used % STAGES)), len_k - (blocks - 1) * BN, BN, D)
+                    zero_rows_from(as_matrix(v_s.index(used % STAGES)), len_k - (blocks - 1) * BN, c, BN, D, CONSUMERS)
             last = used + blocks - 1
             if OVERLAP:
                 mbarrier.wait(k_full.index((used + 1) % STAGES), ((used + 1) // STAGES) & 1, pred=used < last)
