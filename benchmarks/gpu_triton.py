@@ -2,8 +2,8 @@
 
 Steps, in order of value; each writes its file as it goes, and what fails costs itself alone:
 
-    everything    the cases that ptxas 12.8 made wrong on Hopper, with it and with the one that is taken instead, and
-                  other large combinations of options; `triton` refuses some of them until this has passed
+    everything    the cases that ptxas 12.8 makes wrong on Hopper, with it and with the one that is taken instead, and
+                  other large combinations of options
     conformance   every case of `vllm_accel.testing` and longer ones against float64, in processes on all cores;
                   beside it every tile that `tiles` will time is compiled and checked
     peers         forward and decode against every other backend that runs here (`benchmarks.attention`)
@@ -163,11 +163,11 @@ def everything_tasks() -> list[Task]:
     """Return the cases `everything` with either ptxas, and the combinations with ours."""
     both = itertools.product(("ours", "Triton's"), (False, True), ("bf16", "fp16"))
     made = [
-        Task(f"{'paged_' if paged else ''}everything {dtype}, {ptxas} ptxas", work.unrefused,
+        Task(f"{'paged_' if paged else ''}everything {dtype}, {ptxas} ptxas", work.assembled,
              (paged, "everything", dtype, ptxas))
         for ptxas, paged, dtype in both
     ]  # fmt: skip
-    return made + [Task(c.name, work.unrefused, (False, c.name, "bf16", "ours")) for c in work.COMBINED_CASES]
+    return made + [Task(c.name, work.assembled, (False, c.name, "bf16", "ours")) for c in work.COMBINED_CASES]
 
 
 def everything(run: Run) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,7 +16,6 @@ from benchmarks.attention_calls import contestants
 from benchmarks.gpu_triton_tiles import ROUNDS
 from vllm_accel import attention, write_kv
 from vllm_accel.dispatch import registry
-from vllm_accel.dispatch.spec import Feature
 from vllm_accel.kernels.triton import launch, merge_launch, toolchain
 from vllm_accel.testing import CASES, PAGED_CASES, Case, PagedCase, check_backend, check_paged_backend
 from vllm_accel.testing.oracle import merge_oracle
@@ -115,22 +113,20 @@ def conformance(backend: str, paged: bool, name: str, dtype: str, where: str = "
     return {"outcome": "ran" if outcome.ran else "refused", "detail": "; ".join(r.text for r in outcome.reasons)}
 
 
-def unrefused(paged: bool, name: str, dtype: str, ptxas: str, where: str = "cuda") -> dict[str, str]:
-    """Hold `triton` against the oracle on a case that it refuses on Hopper.
+def assembled(paged: bool, name: str, dtype: str, ptxas: str, where: str = "cuda") -> dict[str, str]:
+    """Hold `triton` against the oracle on a case, with one assembler or the other.
 
     Args:
         ptxas: whose assembles: "ours" (see `kernels/triton/assembling.py`) or "Triton's".
     """
-    backend = importlib.import_module("vllm_accel.backends.triton")
-    refused, ours = backend._WRONG, toolchain.hopper_ptxas
+    ours = toolchain.hopper_ptxas
     launch._compiled.clear()  # knows no ptxas; Triton's own caches do
-    backend._WRONG = ~Feature(0)  # of no call
     if ptxas != "ours":
         toolchain.hopper_ptxas = lambda: None
     try:
         return conformance("triton", paged, name, dtype, where)
     finally:
-        backend._WRONG, toolchain.hopper_ptxas = refused, ours
+        toolchain.hopper_ptxas = ours
         launch._compiled.clear()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import operator
 import os
 import time
@@ -15,7 +14,6 @@ from benchmarks import gpu_triton_tasks as work
 from benchmarks import gpu_triton_tiles as tiling
 from benchmarks.tile_problem import Where
 from benchmarks.workers import NO_TIME, STOPPED, Done, Task, run_all
-from vllm_accel.dispatch.spec import Feature
 from vllm_accel.kernels.triton import toolchain
 from vllm_accel.testing import Case, PagedCase
 
@@ -90,21 +88,20 @@ def test_the_combined_cases_are_cases(case: Case) -> None:
 
 
 @pytest.mark.parametrize("ptxas", ["ours", "Triton's"])
-def test_what_is_refused_on_hopper_can_be_run_there(ptxas: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = importlib.import_module("vllm_accel.backends.triton")
-    before, sound = backend._WRONG, object()
+def test_a_case_can_be_assembled_by_either(ptxas: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = object()
     monkeypatch.setattr(toolchain, "hopper_ptxas", lambda: sound)
     seen = []
 
     def check(*args: object) -> dict[str, str]:
-        seen.append((backend._WRONG in (before | Feature.BIAS | Feature.SINKS), toolchain.hopper_ptxas() is sound))
+        seen.append(toolchain.hopper_ptxas() is sound)
         raise RuntimeError
 
     monkeypatch.setattr(work, "conformance", check)
     with pytest.raises(RuntimeError):
-        work.unrefused(False, "everything", "bf16", ptxas)
-    assert seen == [(False, ptxas == "ours")]
-    assert backend._WRONG is before and toolchain.hopper_ptxas() is sound
+        work.assembled(False, "everything", "bf16", ptxas)
+    assert seen == [ptxas == "ours"]
+    assert toolchain.hopper_ptxas() is sound
     assert len({t.name for t in gpu_triton.everything_tasks()}) == 8 + len(work.COMBINED_CASES)
 
 

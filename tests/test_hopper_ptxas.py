@@ -7,7 +7,6 @@ numbers on an H200 (Triton 3.6.0, ptxas 12.8.93, 2026-11-27).
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import re
 import threading
@@ -29,7 +28,6 @@ from benchmarks.sass_flow import bad_descriptors, overwritten_inputs
 from crosscompile import assert_fits, compile_launch
 from vllm_accel.backends.triton import BACKEND
 from vllm_accel.dispatch.device import PRESETS
-from vllm_accel.dispatch.spec import Feature
 from vllm_accel.kernels.triton import launch, toolchain
 from vllm_accel.kernels.triton.assembling import assembling
 from vllm_accel.kernels.triton.forward import attention_forward
@@ -54,8 +52,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[launch.Launch]:
     """What would be launched on an H200: nothing is, and out holds whatever it held."""
     made: list[launch.Launch] = []
     monkeypatch.setattr(launch, "run", lambda given: made.append(given) or Nothing())
-    # The refusal stays until a GPU has shown that the cause is gone.
-    monkeypatch.setattr(importlib.import_module("vllm_accel.backends.triton"), "_WRONG", ~Feature(0))
     return made
 
 

@@ -38,7 +38,6 @@ _HEAVY = (
     | Feature.Q_DESCALE
     | Feature.K_DESCALE
 )
-_WRONG = Feature.WINDOW_LEFT | Feature.SOFTCAP | Feature.ALIBI
 _TENSOR_FIELDS = AttentionArgs._fields.index("max_seqlen_q")
 #: A launch has at most this many blocks along its first axis.
 _MAX_BLOCKS = 2**31 - 1
@@ -61,17 +60,6 @@ def _head_dim(spec: AttentionSpec, device: Device) -> str | None:
             return f"does MLA with up to 512 latent and 1 to 64 rotary channels; this call has {latent} and {rope}"
     elif largest > (limit := _MAX_PAGED_HEAD_DIM if Feature.PAGED in spec.features else _MAX_HEAD_DIM):
         return f"head sizes up to {limit}; this call has {largest}"
-    return None
-
-
-def _together(spec: AttentionSpec, device: Device) -> str | None:
-    """Refuse what an H200 computed wrongly until one has shown that it is mended.
-
-    The conformance cases "everything" (Triton 3.6.0, ptxas 12.8.93, 2026-11-27). The assembler was at fault, and
-    another is taken now (kernels/triton/assembling.py); ``python -m benchmarks.gpu_triton --steps everything`` tells.
-    """
-    if device.compute_capability == (9, 0) and _WRONG in spec.features:
-        return "a window, softcap and ALiBi together were wrong on an H200 (ptxas 12.8); not yet run there with another"
     return None
 
 
@@ -124,7 +112,7 @@ class TritonBackend:
         # 1.5 s for a new kind of forward (H200, Triton 3.6.0, 2026-11-23); gradients take three to five more kernels.
         # Triton keeps what it compiled on disk, for later processes.
         first_call_seconds=4.0,
-        rules=(Rule("head_dim", _head_dim), Rule("dropout_position", _dropout), Rule("together", _together)),
+        rules=(Rule("head_dim", _head_dim), Rule("dropout_position", _dropout)),
         guards=(Guard("grid", _blocks),),
     )
 
