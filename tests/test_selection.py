@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from vllm_accel.dispatch import quarantine, registry, warm
 from vllm_accel.dispatch import settings as settings_module
 from vllm_accel.dispatch.capability import Capability, Guard
 from vllm_accel.dispatch.device import PRESETS
+from vllm_accel.dispatch.gemm_spec import Form, GemmSpec, Scaling
 from vllm_accel.dispatch.preference import shipped_order
 from vllm_accel.dispatch.spec import Feature
 from vllm_accel.ops.run import PLANS
@@ -220,6 +222,22 @@ def test_a_decode_on_hopper_takes_the_kernel_that_shares_out_the_keys() -> None:
         order = shipped_order("attention", PRESETS["h200"], spec_of(seqlen_q, 4096))
         assert next(name for name in order if name in ("triton", "gluon_hopper")) == first
         assert sorted(order) == sorted(shipped_order("attention", PRESETS["h200"]))
+    invariant = spec_of(1, 4096)
+    invariant = replace(invariant, features=invariant.features | Feature.BATCH_INVARIANT)
+    assert shipped_order("attention", PRESETS["h200"], invariant) == shipped_order("attention", PRESETS["h200"])
+
+
+def test_groups_in_fp8_by_blocks_take_cutlass_unless_they_are_short() -> None:
+    def first(rows: int, scaling: Scaling = Scaling.BLOCK_1x128, features: Feature = Feature.DETERMINISTIC) -> str:
+        spec = GemmSpec(
+            Form.GROUPED_M, torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16, rows, 4096, 7168, 64, features,
+            scaling, scaling,
+        )  # fmt: skip
+        order = shipped_order("gemm", PRESETS["h200"], spec)
+        return next(name for name in order if name in ("triton", "cutlass"))
+
+    assert first(8192) == "cutlass" and first(512) == first(8192, Scaling.ROW) == "triton"
+    assert first(8192, features=Feature.BATCH_INVARIANT) == "triton"  # no choice may depend on lengths
 
 
 # --- who asked -------------------------------------------------------------------------------------------------------

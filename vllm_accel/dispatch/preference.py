@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_accel.dispatch.device import Device
+from vllm_accel.dispatch.gemm_spec import Form, Scaling
+from vllm_accel.dispatch.spec import Feature
 
 TRITON_BACKENDS = ("gluon_hopper", "triton")
 
@@ -44,6 +46,9 @@ _FEW_QUERIES = 8
 _GEMM: tuple[str, ...] = (
     "cublas", "deep_gemm", "triton", "cutlass", "torch_grouped", "tensorrt_llm", "cpu", "reference",
 )  # fmt: skip
+#: Rows of an average group up to which our Triton kernel multiplies FP8 by blocks faster than CUTLASS, where that is
+#: built: 1.4 times with 8 rows, 0.6 to 0.8 times with 128 to 1024 (H200, DeepSeek-V3 and Mixtral, 2026-11-30).
+_FEW_ROWS = 64
 #: On a CPU a loop that widens 16-bit groups beats PyTorch's own loop, which does not.
 _GEMM_CPU: tuple[str, ...] = ("cpu", "torch_grouped", "reference")
 
@@ -66,18 +71,29 @@ def shipped_order(op: str, device: Device, spec: Any = None) -> tuple[str, ...]:
     """Return the backends to try for an operation on a device, first one first.
 
     With a spec the order is that of its kind of call: `cpu` goes behind PyTorch's kernel where that alone has a matrix
-    unit (`kernels.cpu.outrun`), and `gluon_hopper` behind `triton` for decodes (`_FEW_QUERIES`).
+    unit (`kernels.cpu.outrun`), `gluon_hopper` behind `triton` for decodes (`_FEW_QUERIES`), `cutlass` before `triton`
+    for groups in FP8 by blocks (`_FEW_ROWS`). Not with batch_invariant: no choice may depend on lengths then.
     """
     if op == "gemm":
-        return _GEMM_CPU if device.type == "cpu" else _GEMM
-    order = _ATTENTION[device_class(device)]
-    if "gluon_hopper" in order and spec is not None and spec.seqlen_q <= _FEW_QUERIES:
-        others = [name for name in order if name != "gluon_hopper"]
-        at = others.index("triton") + 1
-        order = (*others[:at], "gluon_hopper", *others[at:])
-    if device.platform == "cpu" and spec is not None:
+        order = _GEMM_CPU if device.type == "cpu" else _GEMM
+    else:
+        order = _ATTENTION[device_class(device)]
+    if spec is None or Feature.BATCH_INVARIANT in spec.features:
+        return order
+    if op == "gemm":
+        by_blocks = spec.scaling_a is Scaling.BLOCK_1x128 and spec.form is Form.GROUPED_M
+        return _behind("triton", "cutlass", order) if by_blocks and spec.m > _FEW_ROWS * spec.groups else order
+    if device.platform == "cpu":
         from vllm_accel.kernels.cpu import outrun  # `import vllm_accel` loads no kernels
 
-        if outrun(spec):
-            return ("sdpa_cpu", *(name for name in order if name != "sdpa_cpu"))
-    return order
+        return _behind("cpu", "sdpa_cpu", order) if outrun(spec) else order
+    return _behind("gluon_hopper", "triton", order) if spec.seqlen_q <= _FEW_QUERIES else order
+
+
+def _behind(name: str, other: str, order: tuple[str, ...]) -> tuple[str, ...]:
+    """Return an order with one backend moved to just behind another; as it is without either of them."""
+    if name not in order or other not in order:
+        return order
+    rest = [each for each in order if each != name]
+    at = rest.index(other) + 1
+    return (*rest[:at], name, *rest[at:])
