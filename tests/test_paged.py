@@ -119,7 +119,7 @@ def _args(options: dict[str, Any], head_dim: int) -> PagedArgs:
 
 
 @pytest.mark.parametrize("budget", [1, 1 << 24])
-@pytest.mark.parametrize("name", sorted(set(BY_NAME) - {"batch_invariant", "mla_invariant", "no_keys"}))
+@pytest.mark.parametrize("name", sorted(set(BY_NAME) - {"batch_invariant", "mla_invariant"}))
 def test_reference_in_padded_groups(name: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_paged, "MAX_GATHERED", budget)
     monkeypatch.setattr(ReferencePagedKernel, "on_host", ReferencePagedKernel.on_device)

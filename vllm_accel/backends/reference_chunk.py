@@ -180,7 +180,7 @@ def _scores(
         hidden.append(distance > left)
     if lengths is not None:
         columns = torch.arange(keys.start, keys.stop, device=q.device)
-        hidden.append((columns >= lengths.k[:, None]).view(-1, 1, 1, 1, columns.numel()))
+        hidden.append((columns >= lengths.k[:, None])[:, None, None, None])
     for mask in hidden:
         scores = scores.masked_fill(mask, -math.inf)
     return scores, slope
