@@ -205,13 +205,38 @@ def _gluons() -> list[Problem]:
     return made
 
 
+def _gluon_backwards() -> list[Problem]:
+    try:
+        from vllm_accel.kernels.gluon.backward_sm90_launch import VARIANTS
+    except ImportError:
+        return []
+    small, large = VARIANTS[64], VARIANTS[128]
+    variants = {
+        ("dkv", 64): (small._replace(bm=64, dkv_stages=4), small._replace(bm=64, dkv_stages=4, dkv_overlap=2)),
+        ("dkv", 128): (large._replace(dkv_overlap=0), large._replace(dkv_stages=2)),
+        ("dq", 64): (small._replace(dq_overlap=True), small._replace(bn=64, dq_stages=4, dq_overlap=True)),
+        ("dq", 128): (large._replace(bn=128, dq_stages=2, dq_overlap=False), large._replace(dq_overlap=False)),
+    }
+    made = []
+    for (part, d), others in variants.items():
+        sizes, flops = _square(d, 4096, True)
+        products = {"dkv": 4, "dq": 3}[part]
+        call = functools.partial(tile_problems.backward_data, d=d, dtype=_BF16, part=part, kind="")
+        made.append(
+            Problem(f"gluon_{part}_d{d}_4096_causal", "gluon", f"{part}_d{d}", (VARIANTS[d], *others),
+                    functools.partial(call, **_SMALL), functools.partial(call, **{**sizes, "batch": 2}),
+                    flops=flops / 4 * products)
+        )  # fmt: skip
+    return made
+
+
 # --- tasks -----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def problems() -> dict[str, Problem]:
     """Return every problem by name, those that matter most first."""
-    made = [*_gluons(), *_forwards(), *_paged(), *_backwards()]
+    made = [*_gluons(), *_gluon_backwards(), *_forwards(), *_paged(), *_backwards()]
     return {problem.name: problem for problem in made}
 
 

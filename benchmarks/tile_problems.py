@@ -152,7 +152,13 @@ def backward_data(
     dq = torch.zeros(q.shape, dtype=torch.float32 if part == "fused" else dtype, device=where.device)
     made: list[Tensor] = []
 
-    def launches(tile: Tile) -> tuple[Launch, ...]:
+    def launches(tile: Any) -> tuple[Launch, ...]:
+        if not isinstance(tile, Tile):
+            given = {
+                "cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": lengths[0], "max_seqlen_k": lengths[1],
+                "softmax_scale": args.softmax_scale, "causal": True, "variant": tile,
+            }  # fmt: skip
+            return (gluon_launch(part, (q, k, v, dout), lse, delta, (dq, dk, dv), given),)
         if part == "dq":
             return (bwd.dq_launch(problem, delta, dq, None, tile),)
         if part == "bias":
@@ -177,6 +183,19 @@ def backward_data(
             assert_grad_close(result, want[name], plain[name], what=name, scale=largest)
 
     return Data(launches, verify)
+
+
+def gluon_launch(
+    part: str, inputs: tuple[Tensor, ...], lse: Tensor, delta: Tensor, grads: tuple[Tensor, ...], given: dict[str, Any]
+) -> Launch:  # fmt: skip
+    """Return the launch of a Gluon kernel of the backward pass: "dq", or else "dkv"."""
+    from vllm_accel.kernels.gluon import backward_sm90_launch as gluon
+
+    q, k, v, dout = inputs
+    dq, dk, dv = grads
+    if part == "dq":
+        return gluon.dq_launch(q, k, v, dout, lse, delta, dq, **given)
+    return gluon.dkv_launch(q, k, v, dout, lse, delta, dk, dv, **given)
 
 
 def _gradients(

@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
+KERNELS = Path(__file__).parent.parent / "kernels/gluon"
+IMPORT = r"^from vllm_accel\.kernels\.gluon\.(\w+) import ([^(\n]+|\([^)]*\))"
 NUMPY = {"i32": np.int64, "f32": np.float32}
 
 
@@ -68,8 +72,8 @@ class Shared:
     def permute(self, order):
         return Shared(self.values.transpose(order), self.dtype)
 
-    def slice(self, start, length):
-        return Shared(self.values[start : start + length], self.dtype)
+    def slice(self, start, length, dim=0):
+        return Shared(self.values.swapaxes(0, dim)[start : start + length].swapaxes(0, dim), self.dtype)
 
     def load(self, layout):
         return array(self.values.copy())
@@ -128,7 +132,8 @@ class Product:
         for old, new in zip(self.before, self._read(), strict=True):
             assert np.array_equal(old, new, equal_nan=True), "a tile changed under a product that was reading it"
         a, b = self.before
-        self.result = array(a @ b + (self.acc if self.use_acc else 0))
+        acc = self.acc.result if isinstance(self.acc, Product) else self.acc
+        self.result = array(a @ b + (acc if self.use_acc else 0))
 
 
 class Descriptor:
@@ -147,6 +152,12 @@ class Descriptor:
         tile[tuple(slice(0, n) for n in part.shape)] = part
         return tile
 
+    def add(self, start, tile):
+        """Add a tile; what is outside is left out."""
+        inside = tuple(slice(s, max(s, s + b)) for s, b in zip(start, self.block, strict=True))
+        part = self.tensor[inside]
+        part += tile[tuple(slice(0, n) for n in part.shape)]
+
 
 class Machine:
     """One block of threads at a time, its partitions in an order drawn from `seed`."""
@@ -157,14 +168,23 @@ class Machine:
         self.copies, self.named = [], {}
         self.local = threading.local()
         self.abort = False
-        text = re.sub(
-            r"^from triton.*?(?=^\w+ = gl\.)", "", source.read_text(), count=1, flags=re.MULTILINE | re.DOTALL
-        )
-        self.namespace = self._names()
-        exec(compile(text.replace(".to(gl.int64)", ""), str(source), "exec"), self.namespace)
+        self.names = self._names()
+        self.namespace = self._define(source)
+
+    def _define(self, source):
+        """Return what a kernel's file defines, with what it imports from its neighbours."""
+        text, namespace = source.read_text(), dict(self.names)
+        for module, names in re.findall(IMPORT, text, re.MULTILINE):
+            if module == "tma_reduce":
+                continue  # written in terms of the builder
+            own = source.with_name(f"{module}.py")
+            defined = self._define(own if own.exists() else KERNELS / own.name)
+            namespace |= {name: defined[name] for name in re.findall(r"\w+", names)}
+        text = re.sub(r"^from triton.*?(?=^\w+ = gl\.)", "", text, count=1, flags=re.MULTILINE | re.DOTALL)
+        exec(compile(text.replace(".to(gl.int64)", ""), str(source), "exec"), namespace)
         # These two are inline assembly.
-        self.namespace["named_sync"] = self.named_sync
-        self.namespace["named_arrive"] = self.named_arrive
+        namespace.update(named_sync=self.named_sync, named_arrive=self.named_arrive)
+        return namespace
 
     def launch(self, name, grid, args, constexprs):
         """Run every block of the grid, one after the other."""
@@ -258,6 +278,24 @@ class Machine:
 
         self.copies.append(land)
 
+    def reduce(self, descriptor, start, source):
+        self.pause()
+        tile = source.values.copy()
+        waiting = self.local.reductions = getattr(self.local, "reductions", set())
+
+        def land():
+            assert np.array_equal(tile, source.values, equal_nan=True), "a tile changed under a copy from it"
+            descriptor.add(start, tile)
+            waiting.discard(land)
+
+        waiting.add(land)
+        self.copies.append(land)
+
+    def store_wait(self, pendings):
+        assert pendings == 0
+        waiting = getattr(self.local, "reductions", set())
+        self.pause(lambda: not waiting, "copies from shared memory")
+
     def arrive(self, barrier, count=1, more_bytes=0):
         self.pause()
         barrier.arrive(count, more_bytes)
@@ -304,9 +342,16 @@ class Machine:
             assert offset.size == 0 or (offset.min() >= 0 and offset.max() < pointer.flat.size), "a store outside"
             pointer.flat[offset] = values[mask]
 
-        def load(pointer):
-            assert 0 <= pointer.offset < pointer.flat.size, "a load outside"
-            return int(pointer.flat[pointer.offset])
+        def load(pointer, mask=True, other=0):
+            if np.ndim(pointer.offset) == 0:
+                assert 0 <= pointer.offset < pointer.flat.size, "a load outside"
+                return int(pointer.flat[pointer.offset])
+            inside = np.broadcast_to(mask, pointer.offset.shape)
+            offset = pointer.offset[inside]
+            assert offset.size == 0 or (offset.min() >= 0 and offset.max() < pointer.flat.size), "a load outside"
+            values = np.full(inside.shape, other, pointer.flat.dtype)
+            values[inside] = pointer.flat[offset]
+            return array(values)
 
         def where(condition, yes, no):
             if isinstance(condition, (bool, np.bool_)):
@@ -320,7 +365,7 @@ class Machine:
             return (
                 Barriers(MBarrier() for _ in range(shape[0]))
                 if dtype == "i64"
-                else Shared(np.full(shape, np.nan, np.float32))
+                else Shared(np.full(shape, np.nan, np.float32), dtype)
             )
 
         layout = lambda *args, **kwargs: None  # noqa: E731
@@ -328,7 +373,8 @@ class Machine:
         gl = SimpleNamespace(
             constexpr=lambda value: value, static_range=range, static_assert=self._assert, int32="i32", int64="i64",
             float32="f32", NVMMADistributedLayout=layout, DotOperandLayout=layout, SliceLayout=layout,
-            BlockedLayout=layout, program_id=lambda axis: self.program, num_programs=lambda axis: self.programs,
+            BlockedLayout=layout, SwizzledSharedLayout=layout, NVMMASharedLayout=layout,
+            program_id=lambda axis: self.program, num_programs=lambda axis: self.programs,
             load=load, store=store, where=where, minimum=either(min, np.minimum), maximum=either(max, np.maximum),
             arange=lambda start, end, layout=None: array(np.arange(start, end)),
             full=lambda shape, value, dtype, layout=None: array(np.full(shape, value, NUMPY[dtype])),
@@ -345,7 +391,8 @@ class Machine:
                 MBarrierLayout=layout, init=lambda bar, count: bar.init(count), wait=self.wait, arrive=self.arrive,
                 expect=lambda bar, size: self.arrive(bar, 1, size),
             ),
-            "tma": SimpleNamespace(async_copy_global_to_shared=self.copy),
+            "tma": SimpleNamespace(async_copy_global_to_shared=self.copy, store_wait=self.store_wait),
+            "add_shared_to_global": self.reduce,
             "fence_async_shared": lambda: None,
             "warpgroup_mma": self.product,
             "warpgroup_mma_wait": self.product_wait,
@@ -354,3 +401,37 @@ class Machine:
     @staticmethod
     def _assert(condition):
         assert condition
+
+
+#: What each kernel writes.
+RESULTS = {
+    "attention_forward": ("out", "lse"),
+    "attention_dkv": ("dk", "dv"),
+    "attention_dq": ("dq",),
+    "attention_fused": ("dk", "dv"),
+}
+
+
+def interpret(launch, seed=0):
+    """Do what a launch would do on a GPU, in fp32, on tensors of the CPU; what it writes starts as NaN."""
+    name = launch.fn.__name__
+    args, written = [], []
+    for parameter, arg in zip(launch.fn.arg_names, launch.args, strict=False):
+        if hasattr(arg, "block_shape"):
+            view = torch.as_strided(arg.base, arg.shape, arg.strides, arg.base.storage_offset())
+            arg = Descriptor(view.float().numpy(), tuple(arg.block_shape))
+        elif parameter in RESULTS[name]:
+            assert arg.is_contiguous(), parameter
+            result = np.full(arg.numel(), np.nan, np.float32)
+            if name != "attention_forward" and launch.constexprs["VARLEN"]:
+                result = arg.reshape(-1).float().numpy()  # rows of no sequence keep what the caller put there
+            written.append((arg, result))
+            arg = Pointer(result)
+        elif isinstance(arg, torch.Tensor):
+            assert arg.is_contiguous(), parameter
+            arg = Pointer(arg.reshape(-1).numpy())
+        args.append(arg)
+    source = Path(sys.modules[launch.fn.__module__].__file__)
+    Machine(source, seed).launch(name, launch.grid[0], args, launch.constexprs)
+    for tensor, result in written:
+        tensor.copy_(torch.from_numpy(result).view(tensor.shape))

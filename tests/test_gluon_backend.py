@@ -3,45 +3,26 @@
 import dataclasses
 import gc
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from gluon_interpreter import Descriptor, Machine, Pointer
+from gluon_interpreter import interpret
 from vllm_accel.backends import gluon_hopper, triton
 from vllm_accel.dispatch import registry
 from vllm_accel.dispatch.backend import AttentionArgs
 from vllm_accel.dispatch.device import preset
 from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
+from vllm_accel.kernels.gluon import bound
 from vllm_accel.kernels.gluon import forward_sm90_launch as launches
+from vllm_accel.kernels.triton import backward as triton_backward
 from vllm_accel.testing import CASES, check_backend
 from vllm_accel.testing.conformance import kernel_call
 from vllm_accel.testing.oracle import plain_attention
 
-SOURCE = Path(__file__).parent.parent / "kernels/gluon/forward_sm90.py"
 BACKEND = gluon_hopper.BACKEND
 H200 = preset("h200")
-
-
-def interpret(launch):
-    """Do what the launch would do on a GPU, in fp32; out and lse start as NaN."""
-
-    def descriptor(d):
-        view = torch.as_strided(d.base, d.shape, d.strides, d.base.storage_offset())
-        return Descriptor(view.float().numpy(), tuple(d.block_shape))
-
-    q, k, v, out, lse, cu_q, cu_k, *numbers = launch.args
-    assert out.is_contiguous()
-    assert lse.is_contiguous()
-    results = [np.full(t.numel(), np.nan, np.float32) for t in (out, lse)]
-    pointers = [None if t is None else Pointer(t.numpy()) for t in (cu_q, cu_k)]
-    args = (*(descriptor(d) for d in (q, k, v)), *(Pointer(r) for r in results), *pointers, *numbers)
-    Machine(SOURCE).launch("attention_forward", launch.grid[0], args, launch.constexprs)
-    for tensor, result in zip((out, lse), results, strict=True):
-        tensor.copy_(torch.from_numpy(result).view(tensor.shape))
 
 
 @pytest.fixture
@@ -53,9 +34,17 @@ def launched(monkeypatch):
         seen.append(launch)
         interpret(launch)
 
-    monkeypatch.setattr(launches, "run", run)
-    monkeypatch.setattr(launches, "_DIRECT", False)
+    monkeypatch.setattr(bound, "run", run)
+    monkeypatch.setattr(bound, "_DIRECT", False)
+    monkeypatch.setattr(triton_backward, "start", delta_by_torch)
     return seen
+
+
+def delta_by_torch(launch):
+    out, dout, dlse, delta = launch.args[:4]
+    assert launch.fn.__name__ == "delta_kernel"
+    assert dlse is None or (dlse.is_contiguous() and dlse.dtype is torch.float32)
+    delta.copy_((out.float() * dout.float()).sum(-1).transpose(-1, -2) - (0 if dlse is None else dlse))
 
 
 #: Cases of a kind that it runs; what it refuses has a name of one of these features.
@@ -166,11 +155,11 @@ def test_a_second_call_goes_straight_to_the_launcher(monkeypatch):
     """As on Triton 3.6: same arguments in the same order as the ordinary way, under the current stream."""
     ordinary, direct = [], []
     kernel = SimpleNamespace(run=lambda *args: direct.append(args), function="function", packed_metadata="metadata")
-    monkeypatch.setattr(launches, "run", lambda launch: ordinary.append(launch) or kernel)
-    monkeypatch.setattr(launches, "_DIRECT", True)
-    monkeypatch.setattr(launches, "_compiled", {})
+    monkeypatch.setattr(bound, "run", lambda launch: ordinary.append(launch) or kernel)
+    monkeypatch.setattr(bound, "_DIRECT", True)
+    monkeypatch.setattr(bound, "_compiled", {})
     active = SimpleNamespace(get_current_stream=lambda index: 77)
-    monkeypatch.setattr(launches.triton.runtime, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(bound.triton.runtime, "driver", SimpleNamespace(active=active))
 
     call = kernel_call(BACKEND, H200)
     first, second = draw(1, 20, 2, 64), draw(3, 50, 2, 64)
@@ -195,7 +184,18 @@ def test_a_second_call_goes_straight_to_the_launcher(monkeypatch):
     assert len(ordinary) == 2, "without a mask it is another kernel"
 
 
-def test_backward_is_the_triton_kernels_of_the_same_call(launched, monkeypatch):
+#: Small cases of each kind that our own backward takes.
+TRAINING = [case for case in CASES if case.grad and max(case.head_dim, case.head_dim_v) <= 128]
+
+
+@pytest.mark.parametrize("case", TRAINING, ids=lambda case: case.name)
+def test_gradients(case, launched):
+    outcome = check_backend(BACKEND, case, dtype=torch.bfloat16, device=H200, where="cpu")
+    if outcome.ran and "empty" not in case.name and 0 not in (case.batch, case.seqlen_q, case.seqlen_k):
+        assert [launch.fn.__name__ for launch in launched[-2:]] == ["attention_dkv", "attention_dq"]
+
+
+def test_gradients_of_large_heads_are_the_triton_kernels_of_the_same_call(launched, monkeypatch):
     seen = {}
 
     def backward(self, q, k, v, args, out, lse, rng, dout, dlse):
@@ -203,7 +203,7 @@ def test_backward_is_the_triton_kernels_of_the_same_call(launched, monkeypatch):
         return triton.AttentionGrads(torch.ones_like(q), 2 * torch.ones_like(k), 3 * torch.ones_like(v))
 
     monkeypatch.setattr(triton.TritonAttention, "backward", backward)
-    q, k, v = (draw(1, 20, 2, 64).requires_grad_() for _ in range(3))
+    q, k, v = (draw(1, 20, 2, 136).requires_grad_() for _ in range(3))
     out, lse = kernel_call(BACKEND, H200)(q, k, v, causal=True, return_lse=True)
     (out.float().sum() + lse.sum()).backward()
     assert [t.grad.unique().item() for t in (q, k, v)] == [1, 2, 3]

@@ -5,12 +5,12 @@ above the exponentials, and then nothing overlaps.
 """
 
 import functools
-import re
 
 import pytest
 import torch
 
 from crosscompile import assert_fits, compile_launch
+from sass_loops import main_loops
 from vllm_accel.kernels.gluon import forward_sm90_launch as launches
 
 #: Head size, causal, packed, variant: each path through the kernel at least once.
@@ -44,28 +44,6 @@ def compiled(head_dim, causal, packed, options=(), head_dim_v=None, dtype=torch.
         variant=launches.VARIANTS[tile]._replace(**dict(options)), sm_count=132,
     )  # fmt: skip
     return compile_launch(launch, "sm_90")
-
-
-def instructions(sass):
-    """Yield (label or opcode, operands) in program order."""
-    pattern = r"^\s*(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
-    for label, opcode, operands in re.findall(pattern, sass, re.MULTILINE):
-        yield (label, "") if label else (opcode, operands)
-
-
-def main_loops(sass):
-    """Return the loops over blocks of keys: innermost, with products and exponentials."""
-    code = list(instructions(sass))
-    at = {name: i for i, (name, _) in enumerate(code) if name.startswith(".L_x")}
-    loops = []
-    for i, (opcode, operands) in enumerate(code):
-        target = re.search(r"\.L_x_\d+", operands) if opcode == "BRA" else None
-        if target and at.get(target[0], i) < i:
-            names = {name.split(".")[0] for name, _ in code[at[target[0]] : i]}
-            # The retry of a wait stands behind the kernel's end and jumps back: no loop.
-            if {"HGMMA", "MUFU"} <= names and "EXIT" not in names:
-                loops.append((at[target[0]], i))
-    return [code[a:b] for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
 
 
 @pytest.mark.parametrize(("head_dim", "causal", "packed", "options"), KERNELS)

@@ -64,12 +64,10 @@ def test_every_candidate_makes_launches_of_the_call_that_is_timed(name: str) -> 
     problem = tiling.problems()[name]
     tiles = tiling.candidates(problem, "sm_90")
     assert 2 <= len(tiles) <= 6 and (problem.flops > 0) != (problem.bytes > 0)
-    if problem.kernel == "gluon":  # its descriptors need addresses
-        return
     data = problem.timed(META)
     for tile in tiles:
         launches = data.launches(tile)
-        assert launches[0].num_warps == tile.num_warps
+        assert launches[0].num_warps == getattr(tile, "num_warps", 4)  # of a Gluon variant: those of one partition
 
 
 @pytest.mark.parametrize("case", work.LONG_CASES[::4], ids=lambda case: case.name)

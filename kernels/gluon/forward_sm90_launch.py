@@ -1,17 +1,16 @@
-"""Launch `forward_sm90`: which variant for which head size, TMA descriptors, and a short way to launch again."""
+"""Launch `forward_sm90`: which variant for which head size, and TMA descriptors (`bound` launches again)."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vllm_accel.kernels.gluon.forward_sm90 import attention_forward
-from vllm_accel.kernels.triton.launch import Launch, run
+from vllm_accel.kernels.triton.launch import Launch
 
 ROWS = 64  # query rows of one consumer warpgroup
 #: Of an H200's 50 MB of L2: what the K and V of the heads in flight may take, so that rereads hit it. FlashAttention 3
@@ -19,8 +18,6 @@ ROWS = 64  # query rows of one consumer warpgroup
 L2_SHARE = 32 * 2**20
 HEAD_DIMS = (64, 128, 256)
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-#: Releases whose launcher was read (backends/nvidia/driver.py): it encodes descriptors by attributes, from any object.
-_DIRECT = triton.__version__.startswith("3.6.")
 
 
 class Variant(NamedTuple):
@@ -142,68 +139,3 @@ def forward_launch(
         num_warps=4,
         num_stages=1,
     )  # fmt: skip
-
-
-class _Encoded(NamedTuple):
-    """What the launcher reads of a descriptor; a `TensorDescriptor` checks itself for 3 us."""
-
-    base: Tensor
-    shape: list[int]
-    strides: list[int]
-    padding: str = "zero"
-
-
-#: Constexprs, dtype, device -> launcher, function, metadata. No integer of this kernel is specialised.
-_compiled: dict[Any, tuple[Any, Any, Any]] = {}
-
-
-class BoundForward:
-    """A launch whose sizes and strides stay; tensors of the same kind and the scale change from call to call.
-
-    Tensors must be on the current device; its current stream is used. q, k and v must have addresses
-    that are multiples of 16 bytes, and the strides of the launch.
-
-    Args:
-        launch: may be of meta tensors; none of its tensors is kept. index: of the device.
-    """
-
-    __slots__ = ("_constants", "_described", "_fixed", "_grid", "_index", "_key", "_launch", "_tails")
-
-    def __init__(self, launch: Launch, index: int) -> None:
-        descriptors = launch.args[:3]
-        # Without its tensors: a plan must keep no caller's memory alive.
-        self._launch, self._grid, self._index = launch._replace(args=launch.args[8:]), launch.grid, index
-        self._described = [(d.shape, d.strides, d.block_shape, d.layout) for d in descriptors]
-        self._tails = [(d.shape, d.strides) for d in descriptors]
-        self._constants = tuple(launch.constexprs.values())
-        self._fixed = (*launch.args[8:], *self._constants)
-        self._key = (self._constants, descriptors[0].base.dtype, index)
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
-        softmax_scale: float,
-    ) -> None:  # fmt: skip
-        """Launch on these tensors."""
-        compiled = _compiled.get(self._key)
-        if compiled is None or _listening():
-            self._first(q, k, v, out, lse, cu_q, cu_k, softmax_scale)
-            return
-        (q_shape, q_strides), (k_shape, k_strides), (v_shape, v_strides) = self._tails
-        launcher, function, metadata = compiled
-        launcher(
-            *self._grid, triton.runtime.driver.active.get_current_stream(self._index), function, metadata, None, None,
-            None, _Encoded(q, q_shape, q_strides), _Encoded(k, k_shape, k_strides), _Encoded(v, v_shape, v_strides),
-            out, lse, cu_q, cu_k, softmax_scale, *self._fixed,
-        )  # fmt: skip
-
-    def _first(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
-        described = [TensorDescriptor(t, *how) for t, how in zip((q, k, v), self._described, strict=True)]
-        kernel = run(self._launch._replace(args=(*described, *rest, *self._launch.args)))
-        if _DIRECT:
-            _compiled[self._key] = (kernel.run, kernel.function, kernel.packed_metadata)
-
-
-def _listening() -> bool:
-    """Tell whether somebody wants to hear of each launch (a profiler); chains of hooks are empty lists otherwise."""
-    hooks = (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)
-    return any(getattr(hook, "calls", hook) for hook in hooks)

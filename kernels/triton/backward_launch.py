@@ -62,17 +62,21 @@ def block_of(head_dim: int) -> int:
 
 def delta_launch(problem: Problem, delta: Tensor) -> Launch:
     """Return the launch that fills delta. A packed tensor is one sequence of all its tokens."""
-    out, dout = problem.out, problem.dout
+    return row_delta_launch(problem.out, problem.dout, problem.dlse, delta)
+
+
+def row_delta_launch(out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor) -> Launch:
+    """Return the launch that fills delta from tensors as in `Problem`."""
     tokens, heads, head_dim_v = out.shape[-3:]
     batch = 1 if out.dim() == 3 else out.shape[0]
     tiles = -(-tokens // _DELTA_ROWS)
     return Launch(
         fn=delta_kernel,
         grid=(tiles * heads * batch, 1, 1),
-        args=(out, dout, problem.dlse, delta, *_strides(dout), tokens, tiles, heads),
+        args=(out, dout, dlse, delta, *_strides(dout), tokens, tiles, heads),
         constexprs={
             "HEAD_DIM_V": head_dim_v, "BLOCK": _DELTA_ROWS, "BLOCK_DV": block_of(head_dim_v),
-            "WIDE": _is_wide(_DELTA_ROWS, out, dout), "DLSE": problem.dlse is not None,
+            "WIDE": _is_wide(_DELTA_ROWS, out, dout), "DLSE": dlse is not None,
         },
         num_warps=4,
         num_stages=1,

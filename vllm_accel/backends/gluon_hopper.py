@@ -1,4 +1,4 @@
-"""Our own attention for Hopper: a Gluon kernel forward (``kernels/gluon``), our Triton kernels backward.
+"""Our own attention for Hopper: Gluon kernels (``kernels/gluon``), and backward our Triton kernels for large heads.
 
 It takes dense and packed calls as they are, full or causal, with grouped heads and any head size up to 256. Whatever
 changes a logit (windows, softcap, biases, sinks, dropout) is for `triton`. Both keep lse as a natural logarithm.
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vllm_accel.backends.convert import pad_heads, round_up
+from vllm_accel.backends.gluon_backward import BACKWARD_HEAD_DIM, GluonBackward
+from vllm_accel.backends.gluon_layout import for_tma, like_meta
 from vllm_accel.dispatch.backend import AttentionArgs, AttentionGrads
 from vllm_accel.dispatch.capability import Capability, Guard
 from vllm_accel.dispatch.device import Device, detect
@@ -98,10 +99,12 @@ class GluonAttention:
     def __init__(self, spec: AttentionSpec, device: Device) -> None:
         # Imported here: declaring a backend must not import Triton (0.5 s).
         from vllm_accel.kernels.gluon import forward_sm90_launch
+        from vllm_accel.kernels.gluon.bound import Bound
 
-        self._launches = forward_sm90_launch
+        self._launches, self._bound = forward_sm90_launch, Bound
         self._variant = forward_sm90_launch.VARIANTS[forward_sm90_launch.tile_dim(spec.head_dim, spec.head_dim_v)]
         self._spec, self._device = spec, device
+        self._backward = GluonBackward() if max(spec.head_dim, spec.head_dim_v) <= BACKWARD_HEAD_DIM else None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs
@@ -113,14 +116,12 @@ class GluonAttention:
         """Return `forward` for calls with these sizes, strides and options; tensors and the scale may differ."""
         *lead, tokens, heads, _ = q.shape
         head_dim_v = v.shape[-1]
-        ready_q, ready_k, ready_v = (_conversion(t, self._launches.strides_are_ready(t)) for t in (q, k, v))
+        ready_q, ready_k, ready_v = (for_tma(t) for t in (q, k, v))
         out_shape, lse_shape = (*lead, tokens, heads, head_dim_v), (*lead, heads, tokens)
         dtype, device, empty = q.dtype, q.device, torch.empty
         # Described by tensors that take no memory: a copy for TMA, and out, are made by the call alone.
-        meta_q, meta_k, meta_v = (
-            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in (q, k, v)
-        )
-        bound = self._launches.BoundForward(
+        meta_q, meta_k, meta_v = (like_meta(t) for t in (q, k, v))
+        bound = self._bound(
             self._launches.forward_launch(
                 ready_q(meta_q), ready_k(meta_k), ready_v(meta_v), meta_q.new_empty(out_shape),
                 meta_q.new_empty(lse_shape, dtype=torch.float32),
@@ -156,28 +157,12 @@ class GluonAttention:
         dout: Tensor,
         dlse: Tensor | None,
     ) -> AttentionGrads:
-        """Return the gradients, from our Triton kernels: same lse, and out in the same dtype."""
+        """Return the gradients; head sizes above 128 take our Triton kernels (same lse and out)."""
+        if self._backward is not None:
+            return self._backward(q, k, v, args, out, lse, dout, dlse)
         from vllm_accel.backends.triton import TritonAttention
 
         return TritonAttention(self._spec, self._device).backward(q, k, v, args, out, lse, rng, dout, dlse)
-
-
-def _conversion(tensor: Tensor, strides_are_ready: bool) -> Callable[[Tensor], Tensor]:
-    """Return what makes tensors of these sizes and strides readable for TMA, always with the same strides."""
-    head_dim = tensor.shape[-1]
-    if head_dim % 8:
-        return lambda t: pad_heads(t, round_up(head_dim, 8)).contiguous()
-    return _at_aligned_address if strides_are_ready else _contiguous_copy
-
-
-def _at_aligned_address(tensor: Tensor) -> Tensor:
-    if tensor.data_ptr() % 16 == 0:
-        return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-def _contiguous_copy(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 BACKEND = GluonHopperBackend()

@@ -1,0 +1,267 @@
+"""dQ for Hopper (sm_90) in Gluon: TMA loads, asynchronous wgmma, a producer, two consumers.
+
+A block of threads owns a tile of 128 query rows of one head, 64 for each consumer warpgroup, and walks over the keys
+that they see, BN at a time, from the last block to the first (so that masks come first):
+
+    S = Q K^T    P = exp(S - lse)    dP = dO V^T    dS = P * (dP - delta)    dQ += dS K
+
+One warp (the producer) copies Q and dO once, then K and V tiles into a ring of `STAGES` slots by TMA. They meet at
+mbarriers only:
+
+    q_full          Q and dO have arrived                1 arrival (the producer's expect) + their bytes
+    full[s]         the tiles of slot s have arrived     1 arrival + their bytes
+    empty[s]        every consumer is done with slot s   1 arrival per consumer
+
+A consumer issues S_n dP_n dQ_{n-1} and does the arithmetic of block n under them; then slot n - 1 is given back.
+Without OVERLAP dQ_n is issued when dS_n is there, and waited for.
+
+Layouts: descriptors over (B, heads, S, D), any strides that are multiples of 16 bytes; lse and delta fp32 (B, H, Sq);
+dq contiguous (B, Sq, H, D). Packed: one sequence of all rows, lse and delta (H, T). Tiles: `VARIANTS` in
+`backward_sm90_launch`, by head size.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from vllm_accel.kernels.gluon.backward_sm90_dkv import operand, products, sequence, store_tile
+from vllm_accel.kernels.gluon.forward_sm90 import as_matrix, masked, partition_barrier, zero_rows_from
+
+LOG2E = gl.constexpr(1.4426950408889634)
+ROWS = gl.constexpr(64)  # query rows of one consumer: the M of one wgmma
+
+
+@gluon.jit
+def rows_at(index, tiles, BN: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr):
+    """Say which rows tile `index` is, and how many blocks of keys they see; order: that of `forward_sm90.tile_at`.
+
+    A tile past a packed sequence's end has no block; one that sees no key has one, all masked.
+    """
+    BM: gl.constexpr = 2 * ROWS
+    tiles_per_head, heads_together, num_heads_batch, num_heads, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k = tiles
+    group = index // (tiles_per_head * heads_together)
+    inside = index - group * (tiles_per_head * heads_together)
+    width = gl.minimum(heads_together, num_heads_batch - group * heads_together)
+    tile = inside // width
+    head_batch = group * heads_together + inside - tile * width
+    if CAUSAL:
+        tile = tiles_per_head - 1 - tile
+    batch = head_batch // num_heads
+    head = head_batch - batch * num_heads
+    batch, first_q, first_k, len_q, len_k = sequence(batch, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, VARLEN)
+    first = tile * BM
+    visible = len_k
+    if CAUSAL:
+        visible = gl.minimum(visible, gl.minimum(first + BM, len_q) + len_k - len_q)
+    blocks = (gl.maximum(visible, 1) + BN - 1) // BN
+    if VARLEN:
+        blocks = gl.where(first < len_q, blocks, 0)
+    return batch, head, first, first_q, first_k, len_q, len_k, blocks
+
+
+@gluon.jit
+def producer(
+    q_desc, k_desc, v_desc, do_desc, shared, tiles, queries_per_key_head,
+    BN: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr,
+):  # fmt: skip
+    q_s, do_s, k_s, v_s, q_full, full, empty = shared
+    batch, head, first, first_q, first_k, _, _, blocks = rows_at(gl.program_id(0), tiles, BN, CAUSAL, VARLEN)
+    key_head = head // queries_per_key_head
+    if blocks > 0:
+        mbarrier.expect(q_full.index(0), 2 * (q_desc.block_type.nbytes + do_desc.block_type.nbytes))
+        for c in gl.static_range(2):
+            at = first_q + first + c * ROWS
+            tma.async_copy_global_to_shared(q_desc, [batch, head, at, 0], q_full.index(0), q_s.index(c))
+            tma.async_copy_global_to_shared(do_desc, [batch, head, at, 0], q_full.index(0), do_s.index(c))
+    for n in range(blocks):
+        at = first_k + (blocks - 1 - n) * BN
+        slot = n % STAGES
+        mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(slot), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [batch, key_head, at, 0], full.index(slot), k_s.index(slot))
+        tma.async_copy_global_to_shared(v_desc, [batch, key_head, at, 0], full.index(slot), v_s.index(slot))
+
+
+@gluon.jit
+def probabilities(s, limit, block, highest, scale, BN: gl.constexpr, MASKED: gl.constexpr):
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    if MASKED:
+        s = masked(s, limit, block, BN, S)
+    return gl.exp2(s * scale - highest[:, None])
+
+
+@gluon.jit
+def step(
+    n, last, limit, q, do, k_s, v_s, full, empty, dq, ds, scale, highest, row_delta,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """Add a block's part to dQ: block n's, or with OVERLAP that of block n - 1, whose operand is ds."""
+    slot = n % STAGES
+    parity = (n // STAGES) & 1
+    k = as_matrix(k_s.index(slot))
+    mbarrier.wait(full.index(slot), parity)
+    s, dp = products(q, do, k, as_matrix(v_s.index(slot)), BN)
+    # The second and third wait for `full` have passed already: see `backward_sm90_dkv.step`.
+    if OVERLAP:
+        before = (n + STAGES - 1) % STAGES
+        dq = warpgroup_mma(ds, as_matrix(k_s.index(before)), dq, is_async=True)
+        s = warpgroup_mma_wait(2, deps=[s])
+        p = probabilities(s, limit, last - n, highest, scale, BN, MASKED)
+        mbarrier.wait(full.index(slot), parity)
+        dp = warpgroup_mma_wait(1, deps=[dp])
+        next_ds = operand(p * (dp - row_delta[:, None]), D, q.dtype)
+        mbarrier.wait(full.index(slot), parity)
+        dq, ds, next_ds = warpgroup_mma_wait(0, deps=[dq, ds, next_ds])
+        mbarrier.arrive(empty.index(before), count=1)
+        return dq, next_ds
+    else:
+        s = warpgroup_mma_wait(1, deps=[s])
+        p = probabilities(s, limit, last - n, highest, scale, BN, MASKED)
+        mbarrier.wait(full.index(slot), parity)
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        ds = operand(p * (dp - row_delta[:, None]), D, q.dtype)
+        dq = warpgroup_mma(ds, k, dq, is_async=True)
+        dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
+        mbarrier.arrive(empty.index(slot), count=1)
+        return dq, ds
+
+
+@gluon.jit
+def consumer(
+    c, shared, lse, delta, dq_out, tiles, softmax_scale,
+    BN: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    VARLEN: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    work = rows_at(gl.program_id(0), tiles, BN, CAUSAL, VARLEN)
+    if work[7] > 0:
+        consume(
+            c, shared, lse, delta, dq_out, tiles, work, softmax_scale,
+            BN, D, HEAD_DIM, STAGES, CAUSAL, VARLEN, OVERLAP,
+        )  # fmt: skip
+
+
+@gluon.jit
+def consume(
+    c, shared, lse, delta, dq_out, tiles, work, softmax_scale,
+    BN: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    VARLEN: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    q_s, do_s, k_s, v_s, q_full, full, empty = shared
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    num_heads = tiles[3]
+    seqlen_q = tiles[4]
+    batch, head, first, first_q, _, len_q, len_k, blocks = work
+    first += c * ROWS
+    rows = gl.arange(0, ROWS, S_ROWS)
+    here = rows < len_q - first
+    line = (batch * num_heads + head).to(gl.int64) * seqlen_q + first_q + first
+    # Rows past the end and rows without keys have P = 0.
+    highest = gl.load(lse + line + rows, mask=here, other=float("inf")) * LOG2E
+    highest = gl.where(highest == float("-inf"), float("inf"), highest)
+    row_delta = gl.load(delta + line + rows, mask=here, other=0.0)
+    # A row sees the keys before its limit; blocks before `free` are seen in full by all rows of this consumer.
+    limit = gl.full([ROWS], 0, gl.int32, S_ROWS) + len_k
+    free = len_k
+    if CAUSAL:
+        free = gl.maximum(gl.minimum(free, first + 1 + len_k - len_q), 0)
+        limit = gl.minimum(limit, rows + (first + 1 + len_k - len_q))
+    first_free = gl.maximum(blocks - free // BN, 1)
+    q = as_matrix(q_s.index(c))
+    do = as_matrix(do_s.index(c))
+    scale = softmax_scale * LOG2E
+    dq = gl.zeros([ROWS, D], gl.float32, O)
+    ds = gl.zeros([ROWS, BN], q.dtype, gl.DotOperandLayout(0, O, 2))
+    mbarrier.wait(q_full.index(0), 0)
+
+    if VARLEN:  # noqa: SIM102 - the one is decided by the compiler, the other by the GPU
+        # Keys past the end are others' and may hold NaN: 0 * NaN is NaN. Both consumers do it, with the same bytes.
+        if blocks * BN > len_k:
+            mbarrier.wait(full.index(0), 0)
+            zero_rows_from(as_matrix(k_s.index(0)), len_k - (blocks - 1) * BN, BN, D)
+            zero_rows_from(as_matrix(v_s.index(0)), len_k - (blocks - 1) * BN, BN, D)
+    # The first block is always masked; with OVERLAP there is nothing before it to multiply.
+    n = 0
+    if OVERLAP:
+        mbarrier.wait(full.index(0), 0)
+        s, dp = products(q, do, as_matrix(k_s.index(0)), as_matrix(v_s.index(0)), BN)
+        s, dp = warpgroup_mma_wait(0, deps=[s, dp])
+        p = probabilities(s, limit, blocks - 1, highest, scale, BN, True)
+        ds = operand(p * (dp - row_delta[:, None]), D, q.dtype)
+        n = 1
+    for m in range(n, first_free):
+        dq, ds = step(
+            m, blocks - 1, limit, q, do, k_s, v_s, full, empty, dq, ds, scale, highest, row_delta,
+            BN, D, STAGES, True, OVERLAP,
+        )  # fmt: skip
+    for m in range(first_free, blocks):
+        dq, ds = step(
+            m, blocks - 1, limit, q, do, k_s, v_s, full, empty, dq, ds, scale, highest, row_delta,
+            BN, D, STAGES, False, OVERLAP,
+        )  # fmt: skip
+    if OVERLAP:
+        dq = warpgroup_mma(ds, as_matrix(k_s.index((blocks - 1) % STAGES)), dq, is_async=True)
+        dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
+    dq_out += (batch * seqlen_q + first_q).to(gl.int64) * (num_heads * HEAD_DIM) + head * HEAD_DIM
+    store_tile(dq * softmax_scale, q, dq_out, first, len_q, num_heads * HEAD_DIM, D, HEAD_DIM)
+
+
+@gluon.jit(
+    # One compiled kernel for all sizes: the launcher keeps it by constexprs and dtype alone.
+    do_not_specialize=[
+        "softmax_scale", "seqlen_q", "seqlen_k", "num_heads_batch", "num_heads", "queries_per_key_head",
+        "heads_together", "tiles_per_head",
+    ],
+    do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k"],
+)  # fmt: skip
+def attention_dq(
+    q_desc, k_desc, v_desc, do_desc, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, softmax_scale, seqlen_q, seqlen_k,
+    num_heads_batch, num_heads, queries_per_key_head, heads_together, tiles_per_head,
+    BN: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    VARLEN: gl.constexpr, OVERLAP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Descriptors are over (B, heads, S, D) with blocks (1, 1, 64, D) for Q and dO and (1, 1, BN, D) for K and V.
+
+    `num_heads_batch` counts the query heads of all sequences. `seqlen_q`, `seqlen_k` are the lengths of Q's and K's
+    third dimension. One block for each tile of rows, as many for each sequence as the longest has.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    q_s = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, D], q_desc.layout)
+    do_s = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, D], do_desc.layout)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full.index(0), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    partition_barrier()
+    shared = (q_s, do_s, k_s, v_s, q_full, full, empty)
+    if not VARLEN:
+        cu_seqlens_q = 0  # None cannot stand in a tuple
+        cu_seqlens_k = 0
+    tiles = (
+        tiles_per_head, heads_together, num_heads_batch, num_heads, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (consumer, (0, shared, lse, delta, dq, tiles, softmax_scale, BN, D, HEAD_DIM, STAGES, CAUSAL,
+                        VARLEN, OVERLAP)),
+            (consumer, (1, shared, lse, delta, dq, tiles, softmax_scale, BN, D, HEAD_DIM, STAGES, CAUSAL,
+                        VARLEN, OVERLAP)),
+            (producer, (q_desc, k_desc, v_desc, do_desc, shared, tiles, queries_per_key_head, BN, STAGES, CAUSAL,
+                        VARLEN)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip

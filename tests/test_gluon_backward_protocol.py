@@ -1,0 +1,202 @@
+"""The Gluon backward kernels' own source, run on the CPU with its partitions in random order (`gluon_interpreter`).
+
+Shows what a GPU cannot: that no order of events deadlocks or overwrites a tile in use, as far as random orders go; and
+that masks, tile arithmetic and the sum over a group are right.
+"""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gluon_interpreter import Descriptor, Machine, Pointer
+
+KERNELS = Path(__file__).parent.parent / "kernels/gluon"
+DKV, DQ = KERNELS / "backward_sm90_dkv.py", KERNELS / "backward_sm90_dq.py"
+D = 8
+
+
+def pairs(edges):
+    return itertools.pairwise(edges)
+
+
+def oracle(q, k, v, dout, dlse, scale, causal):
+    """(heads, S, D) each, dlse (heads, Sq) -> lse, delta (heads, Sq), dq, dk, dv, in float64."""
+    q, k, v, dout = (t.astype(np.float64) for t in (q, k, v, dout))
+    group = len(q) // len(k)
+    wide_k, wide_v = k.repeat(group, 0), v.repeat(group, 0)
+    scores = np.einsum("hid,hjd->hij", q, wide_k) * scale
+    rows, columns = np.indices(scores.shape[1:])
+    if causal:
+        scores = np.where(columns <= rows + scores.shape[2] - scores.shape[1], scores, -np.inf)
+    highest = scores.max(2, initial=-np.inf)
+    shift = np.where(np.isneginf(highest), 0, highest)
+    p = np.exp(scores - shift[..., None])
+    total = p.sum(2)
+    p /= np.where(total == 0, 1, total)[..., None]
+    with np.errstate(divide="ignore"):
+        lse = shift + np.log(total)
+    dp = np.einsum("hid,hjd->hij", dout, wide_v)
+    delta = (p * dp).sum(2) - dlse
+    ds = p * (dp - delta[..., None]) * scale
+
+    def per_key_head(t):
+        return t.reshape(len(k), group, *t.shape[1:]).sum(1)
+
+    dk, dv = per_key_head(np.einsum("hij,hid->hjd", ds, q)), per_key_head(np.einsum("hij,hid->hjd", p, dout))
+    return lse, delta, np.einsum("hij,hjd->hid", ds, wide_k), dk, dv
+
+
+def run(
+    *, seed=0, batch=1, heads=2, kv_heads=1, seqlen_q=128, seqlen_k=100, causal=False, lengths=None, together=3, bm=32,
+    bn=16, stages=2, overlap=2, dkv=DKV, dq=DQ, which=("dkv", "dq"),
+):  # fmt: skip
+    """Run both kernels and compare. Packed tensors end in rows of NaN, and so do the keys of the last sequence."""
+    rng = np.random.default_rng(seed)
+    scale, group = 0.3, heads // kv_heads
+    sequences, longest_q, longest_k = batch, seqlen_q, seqlen_k
+    cu_q = cu_k = None
+    if lengths:
+        batch, sequences = 1, len(lengths)
+        cu_q, cu_k = (np.cumsum([0, *[pair[i] for pair in lengths]]) for i in (0, 1))
+        longest_q, longest_k = (max(pair[i] for pair in lengths) for i in (0, 1))
+        seqlen_q, seqlen_k = cu_q[-1] + 7, cu_k[-1] + 7
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    q, dout = draw(batch, heads, seqlen_q, D), draw(batch, heads, seqlen_q, D)
+    k, v = draw(batch, kv_heads, seqlen_k, D), draw(batch, kv_heads, seqlen_k, D)
+    dlse = draw(batch, heads, seqlen_q)
+    lse, delta = (np.full((batch, heads, seqlen_q), np.nan, np.float32) for _ in range(2))
+    pieces = [(b, slice(0, seqlen_q), slice(0, seqlen_k)) for b in range(batch)]
+    if lengths:
+        for tensor, end in ((q, cu_q[-1]), (dout, cu_q[-1]), (k, cu_k[-1]), (v, cu_k[-1])):
+            tensor[:, :, end:] = np.nan
+        pieces = [(0, slice(*rows), slice(*keys)) for rows, keys in zip(pairs(cu_q), pairs(cu_k), strict=True)]
+    want = []
+    for b, rows, keys in pieces:
+        lse[b, :, rows], delta[b, :, rows], *grads = oracle(
+            q[b, :, rows], k[b, :, keys], v[b, :, keys], dout[b, :, rows], dlse[b, :, rows], scale, causal
+        )
+        want.append(grads)
+    statistics = (Pointer(lse.reshape(-1)), Pointer(delta.reshape(-1)))
+    cu = tuple(None if t is None else Pointer(t) for t in (cu_q, cu_k))
+    constexprs = {
+        "D": D, "HEAD_DIM": D, "STAGES": stages, "CAUSAL": causal, "VARLEN": bool(lengths), "CONSUMER_REGISTERS": 240,
+        "PRODUCER_REGISTERS": 24,
+    }  # fmt: skip
+
+    def compare(got, which):
+        for (b, rows, keys), grads in zip(pieces, want, strict=True):
+            part = got[b, keys if which else rows].swapaxes(0, 1)
+            np.testing.assert_allclose(part, grads[which], rtol=1e-3, atol=1e-3)
+        if lengths:
+            assert (got[0, (cu_k if which else cu_q)[-1] :] == 7).all(), "rows of no sequence were written"
+
+    if "dkv" in which:
+        dk, dv = (np.full((batch, seqlen_k, kv_heads, D), 7, np.float32) for _ in range(2))
+        tiles = -(-longest_k // 128)
+        args = (
+            Descriptor(q, (1, 1, bm, D)), Descriptor(k, (1, 1, 64, D)), Descriptor(v, (1, 1, 64, D)),
+            Descriptor(dout, (1, 1, bm, D)), *statistics, Pointer(dk.reshape(-1)), Pointer(dv.reshape(-1)), *cu, scale,
+            seqlen_q, seqlen_k, kv_heads * sequences, kv_heads, group, together, tiles,
+        )  # fmt: skip
+        more = {"BM": bm, "HEAD_DIM_V": D, "OVERLAP": overlap}
+        Machine(dkv, seed).launch("attention_dkv", tiles * kv_heads * sequences, args, constexprs | more)
+        compare(dk, 1)
+        compare(dv, 2)
+    if "dq" in which:
+        got = np.full((batch, seqlen_q, heads, D), 7, np.float32)
+        tiles = -(-longest_q // 128)
+        args = (
+            Descriptor(q, (1, 1, 64, D)), Descriptor(k, (1, 1, bn, D)), Descriptor(v, (1, 1, bn, D)),
+            Descriptor(dout, (1, 1, 64, D)), *statistics, Pointer(got.reshape(-1)), *cu, scale, seqlen_q, seqlen_k,
+            heads * sequences, heads, group, together, tiles,
+        )  # fmt: skip
+        more = {"BN": bn, "OVERLAP": overlap > 0}
+        Machine(dq, seed).launch("attention_dq", tiles * heads * sequences, args, constexprs | more)
+        compare(got, 0)
+
+
+LENGTHS = [(40, 40), (1, 50), (0, 5), (30, 0), (190, 90), (20, 33), (33, 150)]
+SHAPES = [
+    {"seqlen_q": 16, "seqlen_k": 16, "heads": 1},
+    {"seqlen_q": 150, "seqlen_k": 70, "causal": True},
+    {"seqlen_q": 70, "seqlen_k": 300, "causal": True, "heads": 4, "kv_heads": 2},
+    {"seqlen_q": 1, "seqlen_k": 200, "causal": True, "batch": 2},
+    {"seqlen_q": 300, "seqlen_k": 1, "causal": True},
+    {"seqlen_q": 130, "seqlen_k": 140, "heads": 6, "kv_heads": 2},
+    {"seqlen_q": 260, "seqlen_k": 260, "causal": True, "heads": 3, "batch": 2},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("overlap", [0, 1, 2])
+def test_every_shape_is_right_and_never_stuck(shape, overlap):
+    for seed, stages in ((0, 2), (1, 3)):
+        run(seed=seed, stages=stages, overlap=overlap, **shape)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("overlap", [0, 1, 2])
+def test_packed_sequences_do_not_see_each_other(overlap, causal):
+    for seed, stages in ((0, 2), (1, 3)):
+        run(seed=seed, lengths=LENGTHS, stages=stages, overlap=overlap, causal=causal)
+
+
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_tiles_are_a_permutation_whatever_heads_go_together(together):
+    run(batch=3, heads=2, kv_heads=2, seqlen_q=200, seqlen_k=150, causal=True, together=together)
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        ("dkv", "((n // STAGES) & 1) ^ 1)", "((n // STAGES) & 1))"),
+        ("dkv", "mbarrier.init(empty.index(i), count=2)", "mbarrier.init(empty.index(i), count=1)"),
+        ("dkv", "mbarrier.init(full.index(i), count=2)", "mbarrier.init(full.index(i), count=1)"),
+        ("dkv", "mbarrier.wait(kv_full.index(0), 0)", "pass"),
+        ("dkv", "        mbarrier.arrive(empty.index(before), count=1)\n        return", "        return"),
+        ("dkv", "        mbarrier.arrive(empty.index(slot), count=1)\n        return", "        return"),
+        ("dkv", "warpgroup_mma_wait(3, deps=[s])", "warpgroup_mma_wait(4, deps=[s])"),
+        ("dkv", "next_p, next_ds = warpgroup_mma_wait(0", "next_p, next_ds = warpgroup_mma_wait(1"),
+        ("dkv", "gl.maximum(row, 0) // BM", "gl.maximum(row + 30, 0) // BM"),
+        ("dkv", "gl.maximum(row + BN - 1, 0)", "gl.maximum(row + BN - 33, 0)"),
+        ("dkv", "(rows < length - row)", "(rows <= length - row)"),
+        ("dkv", "member == 0, 1, 0", "member == 1, 1, 0"),
+        ("dkv", "zero_rows_from(q, left, BM, D)", "pass"),
+        ("dkv", "zero_rows_from(do, left, BM, D)", "pass"),
+        ("dq", "zero_rows_from(as_matrix(k_s.index(0)), len_k", "zero_rows_from(as_matrix(k_s.index(0)), 1 + len_k"),
+        ("dq", "zero_rows_from(as_matrix(v_s.index(0)), len_k", "zero_rows_from(as_matrix(v_s.index(0)), 1 + len_k"),
+        ("dq", "((n // STAGES) & 1) ^ 1)", "((n // STAGES) & 1))"),
+        ("dq", "mbarrier.init(empty.index(i), count=2)", "mbarrier.init(empty.index(i), count=1)"),
+        ("dq", "        mbarrier.arrive(empty.index(before), count=1)\n        return", "        return"),
+        ("dq", "        mbarrier.arrive(empty.index(slot), count=1)\n        return", "        return"),
+        ("dq", "warpgroup_mma_wait(1, deps=[dp])", "warpgroup_mma_wait(2, deps=[dp])"),
+        ("dq", "free = gl.maximum(gl.minimum(free, first + 1", "free = gl.maximum(gl.minimum(free, first + 17"),
+        ("dq", 'highest == float("-inf")', "highest > float('inf')"),
+        ("dq", "gl.maximum(visible, 1)", "visible"),
+    ],
+)  # fmt: skip
+def test_a_broken_kernel_is_noticed(tmp_path, kind, old, new):
+    """The interpreter itself: each of these would hang, race or be wrong on a GPU."""
+    source = {"dkv": DKV, "dq": DQ}[kind]
+    text = source.read_text()
+    assert text.count(old) >= 1
+    broken = tmp_path / source.name
+    broken.write_text(text.replace(old, new))
+
+    def runs():
+        for overlap in (0, 1, 2):
+            options = {"overlap": overlap, kind: broken, "which": (kind,)}
+            run(heads=2, seqlen_q=150, seqlen_k=90, **options)
+            run(seed=9, heads=1, seqlen_q=190, seqlen_k=140, causal=True, **options)
+            run(seed=9, heads=1, seqlen_q=300, seqlen_k=20, causal=True, **options)
+            run(seed=9, lengths=LENGTHS, causal=overlap == 1, **options)
+        for seed in range(20):  # what only an unlucky order shows
+            run(seed=seed, heads=1, seqlen_q=40, seqlen_k=90, **options)
+
+    with pytest.raises(AssertionError):  # a Deadlock is one
+        runs()
