@@ -163,24 +163,24 @@ def operand(x, D: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def clear_past_end(q, do, left, BM: gl.constexpr, D: gl.constexpr, VARLEN: gl.constexpr):
+def clear_past_end(c, q, do, left, BM: gl.constexpr, D: gl.constexpr, VARLEN: gl.constexpr):
     """Zero the rows of a packed sequence's last block from `left` on: they are others' and may hold NaN, and a sum over
-    rows is 0 * NaN with them. Both consumers do it, with the same bytes, each before its own first product."""
+    rows is 0 * NaN with them. The consumers share the rows out, and meet before their first product with them."""
     if VARLEN:  # noqa: SIM102 - the one is decided by the compiler, the other by the GPU
         if left < BM:
-            zero_rows_from(q, left, BM, D)
-            zero_rows_from(do, left, BM, D)
+            zero_rows_from(q, left, c, BM, D, 2)
+            zero_rows_from(do, left, c, BM, D, 2)
 
 
 @gluon.jit
 def first_step(
-    shift, left, k, v, q_s, do_s, lse_s, delta_s, full, scale,
+    c, shift, left, k, v, q_s, do_s, lse_s, delta_s, full, scale,
     BM: gl.constexpr, D: gl.constexpr, MASKED: gl.constexpr, VARLEN: gl.constexpr,
 ):  # fmt: skip
     """Return the operands of block 0's products for dV and dK."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     mbarrier.wait(full.index(0), 0)
-    clear_past_end(as_matrix(q_s.index(0)), as_matrix(do_s.index(0)), left, BM, D, VARLEN)
+    clear_past_end(c, as_matrix(q_s.index(0)), as_matrix(do_s.index(0)), left, BM, D, VARLEN)
     s, dp = products(k, v, as_matrix(q_s.index(0)), as_matrix(do_s.index(0)), BM)
     s, dp = warpgroup_mma_wait(0, deps=[s, dp])
     p = probabilities(s, lse_s.index(0).load(gl.SliceLayout(0, S)), shift, scale, BM, MASKED)
@@ -190,7 +190,7 @@ def first_step(
 
 @gluon.jit
 def step(
-    n, shift, left, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p, ds, scale,
+    c, n, shift, left, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p, ds, scale,
     BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, OVERLAP: gl.constexpr,
     VARLEN: gl.constexpr,
 ):  # fmt: skip
@@ -202,7 +202,7 @@ def step(
     q = as_matrix(q_s.index(slot))
     do = as_matrix(do_s.index(slot))
     mbarrier.wait(full.index(slot), parity)
-    clear_past_end(q, do, left, BM, D, VARLEN)
+    clear_past_end(c, q, do, left, BM, D, VARLEN)
     s, dp = products(k, v, q, do, BM)
     # The second and third wait for `full` have passed already. But a wait on an mbarrier is a loop of its own, and
     # without that boundary ptxas moves the next wait for products above the arithmetic.
@@ -303,20 +303,7 @@ def consume(
     n = 0
     if OVERLAP != 0:
         p, ds = first_step(
-            row - start * BM,
-            len_q - start * BM,
-            k,
-            v,
-            q_s,
-            do_s,
-            lse_s,
-            delta_s,
-            full,
-            scale,
-            BM,
-            D,
-            CAUSAL,
-            VARLEN,
+            c, row - start * BM, len_q - start * BM, k, v, q_s, do_s, lse_s, delta_s, full, scale, BM, D, CAUSAL, VARLEN
         )
         if OVERLAP == 1:
             dv = warpgroup_mma(p, as_matrix(do_s.index(0)), dv, is_async=True)
@@ -329,13 +316,13 @@ def consume(
         if CAUSAL:
             for block in range(begin, free):
                 dk, dv, p, ds = step(
-                    n, row - block * BM, len_q - block * BM, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p,
+                    c, n, row - block * BM, len_q - block * BM, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p,
                     ds, scale, BM, D, STAGES, True, OVERLAP, VARLEN,
                 )  # fmt: skip
                 n += 1
         for block in range(gl.maximum(begin, free), blocks):
             dk, dv, p, ds = step(
-                n, 0, len_q - block * BM, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p, ds, scale,
+                c, n, 0, len_q - block * BM, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p, ds, scale,
                 BM, D, STAGES, False, OVERLAP, VARLEN,
             )  # fmt: skip
             n += 1

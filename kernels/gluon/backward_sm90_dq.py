@@ -182,11 +182,11 @@ def consume(
     mbarrier.wait(q_full.index(0), 0)
 
     if VARLEN:  # noqa: SIM102 - the one is decided by the compiler, the other by the GPU
-        # Keys past the end are others' and may hold NaN: 0 * NaN is NaN. Both consumers do it, with the same bytes.
+        # Keys past the end are others' and may hold NaN: 0 * NaN is NaN.
         if blocks * BN > len_k:
             mbarrier.wait(full.index(0), 0)
-            zero_rows_from(as_matrix(k_s.index(0)), len_k - (blocks - 1) * BN, BN, D)
-            zero_rows_from(as_matrix(v_s.index(0)), len_k - (blocks - 1) * BN, BN, D)
+            zero_rows_from(as_matrix(k_s.index(0)), len_k - (blocks - 1) * BN, c, BN, D, 2)
+            zero_rows_from(as_matrix(v_s.index(0)), len_k - (blocks - 1) * BN, c, BN, D, 2)
     # The first block is always masked; with OVERLAP there is nothing before it to multiply.
     n = 0
     if OVERLAP:

@@ -1,4 +1,4 @@
-"""Our own attention for Hopper: Gluon kernels (``kernels/gluon``), and backward our Triton kernels for large heads.
+"""Our own attention for Hopper: Gluon kernels (``kernels/gluon``), and backward our Triton kernels for some calls.
 
 It takes dense and packed calls as they are, full or causal, with grouped heads and any head size up to 256. Whatever
 changes a logit (windows, softcap, biases, sinks, dropout) is for `triton`. Both keep lse as a natural logarithm.
@@ -157,8 +157,8 @@ class GluonAttention:
         dout: Tensor,
         dlse: Tensor | None,
     ) -> AttentionGrads:
-        """Return the gradients; head sizes above 128 take our Triton kernels (same lse and out)."""
-        if self._backward is not None:
+        """Return the gradients; packed calls and head sizes above 128 take our Triton kernels (same lse and out)."""
+        if self._backward is not None and args.cu_seqlens_q is None:  # packed: not yet run on a GPU
             return self._backward(q, k, v, args, out, lse, dout, dlse)
         from vllm_accel.backends.triton import TritonAttention
 
