@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gpu_sync import no_synchronisation
 from vllm_accel import State, UnsupportedCallError, attention, attention_varlen, explain
 from vllm_accel.dispatch import registry
 from vllm_accel.testing import CASES, Case
@@ -82,12 +83,8 @@ def test_no_host_synchronisation(name: str | None, grad: bool) -> None:
     except UnsupportedCallError:
         assert name is not None
         return
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", [None, *_available()])

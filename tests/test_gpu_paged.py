@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from gpu_sync import no_synchronisation
 from vllm_accel import (
     PagedKVCache,
     attention_mla,
@@ -130,12 +131,8 @@ def test_no_host_synchronisation(name: str | None, queries: int) -> None:
     ways: list[dict[str, Any]] = [way for way in ({}, {"return_lse": True}) if decode.runs(name, **way)]
     for way in ways:
         decode.attend(name, **way)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         found = [decode.attend(name, **way) for way in ways]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     want, want_lse = decode.attend("reference", return_lse=True)
     for way, result in zip(ways, found, strict=True):
         out, lse = result if way else (result, want_lse)
