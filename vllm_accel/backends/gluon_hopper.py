@@ -59,8 +59,8 @@ class GluonHopperBackend:
         | Feature.GQA
         | Feature.VALUE_DIM,
         max_head_dim=256,
-        # Forward 1 to 2 s, and with gradients the Triton kernels backward: compiled on a 2-core EPYC, 2026-11-23.
-        first_call_seconds=4.0,
+        # Forward 1 to 2 s, and with gradients two more kernels of 2 to 3 s: compiled on two cores, 2026-11-30.
+        first_call_seconds=7.0,
         guards=(Guard("int32", _int32),),
     )
 
