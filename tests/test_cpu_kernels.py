@@ -145,7 +145,7 @@ def _decode_inputs(batch: int, keys: int, queries: int = 1) -> list[torch.Tensor
     return [torch.randn(shape, generator=g).bfloat16() for shape in shapes]
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1800), (3, 700), (40, 300)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1800), (3, 700), (40, 40), (40, 300), (40, 3000)])
 def test_bits_do_not_depend_on_threads_or_on_the_batch(queries: int, keys: int) -> None:
     q, k, v = _decode_inputs(5, keys, queries)
     run = call_with(0)
@@ -259,12 +259,12 @@ def test_paged_equals_contiguous_bit_for_bit() -> None:
 
 
 def test_mixed_decode_and_prefill_in_one_packed_call() -> None:
-    lengths = [(1, 700), (40, 40), (3, 90), (0, 5), (25, 300)]
+    lengths = [(1, 700), (40, 40), (3, 90), (0, 5), (25, 300), (20, 1500)]  # the last one's keys are packed before
     ends_q, ends_k = ([0, *itertools.accumulate(column)] for column in zip(*lengths, strict=True))
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, h, 32, generator=g) for n, h in ((ends_q[-1], 4), (ends_k[-1], 2), (ends_k[-1], 2)))
     out = attention_varlen(
-        q, k, v, cu_seqlens_q=torch.tensor(ends_q, dtype=torch.int32), causal=True, max_seqlen_q=40, max_seqlen_k=700,
+        q, k, v, cu_seqlens_q=torch.tensor(ends_q, dtype=torch.int32), causal=True, max_seqlen_q=40, max_seqlen_k=1500,
         cu_seqlens_k=torch.tensor(ends_k, dtype=torch.int32), backend="cpu",
     )  # fmt: skip
     for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
@@ -289,6 +289,56 @@ def test_around_the_tiles(isa: int, sizes: tuple[int, ...], window: tuple[int, i
         options={"causal": window[1] < 0, "window_size": window},
     )  # fmt: skip
     check_call(call_with(isa), case, dtype=torch.bfloat16)
+
+
+# One vector of keys to five, the last of a panel full or with one key; the packed keys of the task's own scratch.
+FEW_KEYS = (17, 32, 33, 48, 49, 64, 65, 80)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("keys", FEW_KEYS)
+@pytest.mark.parametrize("isa", range(len(ISAS)), ids=ISAS)
+def test_few_keys(isa: int, keys: int, dtype: str) -> None:
+    base = Case("few", "", batch=3, seqlen_q=keys, seqlen_k=keys, num_heads=6, num_kv_heads=6, head_dim=40, grad=False)
+    for case in (
+        base,
+        dataclasses.replace(base, options={"causal": True}),
+        dataclasses.replace(base, bias="keys", bool_bias=True, num_kv_heads=2),  # as a padded batch has it
+    ):
+        check_call(call_with(isa), case, dtype=DTYPES[dtype])
+
+
+def _keys_bias(kind: str, keys: int) -> torch.Tensor:
+    """Return a bias (2, 1 or 4 heads, 1, keys) that does not vary by query."""
+    seen = torch.arange(keys) < torch.tensor([keys, keys - 9])[:, None]
+    seen = seen[:, None, None]
+    if kind == "bool":
+        return seen
+    if kind == "lowest":
+        return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    if kind == "strided":
+        return torch.randn(2, 1, 1, 3 * keys)[..., ::3]
+    if kind == "one":
+        return torch.randn(2, 1, 1, 1)
+    return torch.randn(2, 4, 1, keys)
+
+
+@pytest.mark.parametrize("kind", ["bool", "lowest", "strided", "one", "heads"])
+@pytest.mark.parametrize("isa", range(len(ISAS)), ids=ISAS)
+def test_a_bias_that_rows_share(isa: int, kind: str) -> None:
+    """Read once for a key head: with softcap and slopes, with grouped heads of which each has its own, over blocks."""
+    torch.manual_seed(3)
+    for keys, kv_heads, options in (
+        (61, 4, {}),
+        (61, 2, {"causal": True}),
+        (700, 4, {"softcap": 3.0, "alibi_slopes": torch.rand(4), "window_size": (300, 5)}),
+    ):
+        q, k, v = (torch.randn(2, n, h, 24).bfloat16() for n, h in ((45, 4), (keys, kv_heads), (keys, kv_heads)))
+        bias = _keys_bias(kind, keys)
+        want = attention_oracle(q, k, v, attn_bias=bias, **options)[0]
+        for dtype, off in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+            found = call_with(isa)(*(t.to(dtype) for t in (q, k, v)), attn_bias=bias, **options)
+            assert float((found - want).abs().max()) < off, (keys, dtype)
 
 
 @pytest.mark.parametrize("isa", range(len(ISAS)), ids=ISAS)

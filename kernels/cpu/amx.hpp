@@ -49,12 +49,12 @@ struct Items {
 };
 
 struct AmxScratch {
-  float *q, *o, *l, *s, *p, *m, *shift;
+  float *q, *o, *l, *s, *p, *m, *shift, *bias;
   Row* rows;
   static size_t bytes(const Job& j, int n) {
     const size_t padded = round_up(n, TR);
     return padded * (4 * (words_of<Amx>(j.dim) + columns_of<Amx>(j.dim_v) + VL + 2) + sizeof(Row)) + 2 * TR * SB * 6 +
-           4096;
+           4 * KB + 4096;
   }
   AmxScratch(const Job& j, int n, char* base) {
     const size_t padded = round_up(n, TR);
@@ -65,7 +65,8 @@ struct AmxScratch {
     p = s + 2 * TR * SB;
     m = p + TR * SB;
     shift = m + padded;
-    rows = reinterpret_cast<Row*>(shift + padded);
+    bias = shift + padded;
+    rows = reinterpret_cast<Row*>(bias + KB);
   }
   float* scores(const Item& item) const { return s + (item.index & 1) * (TR * SB); }
   float* probabilities(const Item& item) const { return p + (item.index & 1) * (TR * SB / 2); }
@@ -248,13 +249,16 @@ template <> INLINE TaskRows prefill_rows<Amx>(const Job&) { return {TR, 384}; }
 template <> INLINE size_t prefill_scratch<Amx>(const Job& j, int rows) { return AmxScratch::bytes(j, rows); }
 
 template <> void prefill<Amx>(const Job& j, const PrefillTask& t, char* base) {
+  const bool simple = plain(j), shared = shared_bias(j);
+  int biased = -1;  // block of keys whose bias lies in scratch
   const Sequence s = sequence(j, t.b);
   const AmxScratch at(j, t.rows, base);
   const int words = words_of<Amx>(j.dim), columns = columns_of<Amx>(j.dim_v);
   for (int r = 0; r < t.rows; r++) {
-    const int i = (t.row + r) / j.group, h = t.kv_head * j.group + (t.row + r) % j.group;
+    const Place place = place_of(j, t.row + r);
+    const int i = place.i, h = t.kv_head * j.group + place.g;
     if (r + 8 < t.rows)
-      prefetch_row(query_row(j, j.q, s, t.b, (t.row + r + 8) / j.group, h), j.dim * type_size(j.q.type));
+      prefetch_row(query_row(j, j.q, s, t.b, place_of(j, t.row + r + 8).i, h), j.dim * type_size(j.q.type));
     const char* row = query_row(j, j.q, s, t.b, i, h);
     FOR_TYPE(j.q.type, (copy_row<Amx, T>(at.q + static_cast<int64_t>(r) * words, row, j.dim)));
     for (int d = 0; d < columns; d += VL) store(at.o + static_cast<int64_t>(r) * columns + d, vf{});
@@ -262,8 +266,8 @@ template <> void prefill<Amx>(const Job& j, const PrefillTask& t, char* base) {
     at.m[r] = -INF;
     at.shift[r] = 0;
     at.rows[r] = row_of(j, s, t.b, i, h);
+    if (shared) at.rows[r].bias = nullptr;
   }
-  const bool simple = plain(j);
   const float scale = scale_of(j, t.b, t.kv_head), by = simple ? scale * LOG2E : 1.f;
   Products products(at, t.kv, words, columns);
   Items items(at.rows, t.rows);
@@ -275,13 +279,18 @@ template <> void prefill<Amx>(const Job& j, const PrefillTask& t, char* base) {
     ahead.block(now.k0 / KB * KB + KB, now.rows);
     float factor[TR];
     bool rescale = false;
+    const int block = now.k0 / KB * KB;
+    if (shared && now.rows && block != biased)
+      copy_shared_bias(j, t.b, t.kv_head * j.group, biased = block, least(KB, s.n_k - block), at.bias);
     float *scores = at.scores(now), *to = at.probabilities(now);
     for (int y = 0; y < now.rows; y++, scores += SB, to += SB / 2) {
       const int r = now.r + y;
       const Row& row = at.rows[r];
       ahead.some();
       if (simple) hide_ends(row, now.k0 + now.start, now.stop - now.start, scores + now.start);
-      else logits(j, row, scale, now.k0 + now.start, now.stop - now.start, s.n_k, scores + now.start);
+      else
+        logits(j, row, scale, now.k0 + now.start, now.stop - now.start, s.n_k, scores + now.start,
+               shared ? at.bias + (now.k0 - block + now.start) : nullptr);
       factor[y] = softmax_lazy(scores, to, now.start, now.stop, by, at.m + r, at.shift + r, at.l + r * VL,
                                products, products.total * (y + 1) / now.rows);
       rescale |= factor[y] != 1.f;

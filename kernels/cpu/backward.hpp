@@ -56,7 +56,8 @@ template <class At> AI void pointers(const char** to, int first, int n, const At
 }
 
 template <class P> AI void pack_side(const Side& to, int type, const char* const* rows, int first, int dim) {
-  if (to.panel) FOR_TYPE(type, (pack_panel<P, T>(to.panel + static_cast<int64_t>(first) * words_of<P>(dim), rows, dim)));
+  if (to.panel)
+    FOR_TYPE(type, (pack_panel<P, T>(to.panel + static_cast<int64_t>(first) * words_of<P>(dim), rows, dim, PK)));
   if (to.rows)
     FOR_TYPE(type, (pack_rows<P, T>(to.rows + static_cast<int64_t>(first) / P::PAIR * round_up(dim, VL), rows, dim, PK)));
 }
@@ -131,7 +132,7 @@ template <class P, class At> AI void copy_rows(float* to, int lda, int n, int ty
 template <class P> AI void score_block(const float* a, int lda, const float* panels, int words, int start, int stop,
                                        float* to) {
   for (int x = start; x < stop; x += PK)
-    score_tile<P>(a, lda, panels + static_cast<int64_t>(x) * words, words, to + x, KB);
+    score_tile<P, NC>(a, lda, panels + static_cast<int64_t>(x) * words, PK, words, to + x, KB);
 }
 
 AI void zero(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float)); }

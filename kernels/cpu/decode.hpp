@@ -258,7 +258,7 @@ template <class P, int TK> static void decode_typed(const Job& j, const DecodeTa
         row.hi = least(row.hi, t.k1);
         float *from = at.s + at_row * CH, *to = at.p + at_row * CH;
         if (simple) hide_ends(row, c, padded, from);
-        else logits(j, row, scale, c, padded, s.n_k, from);
+        else logits(j, row, scale, c, padded, s.n_k, from, nullptr);
         fold_chunk<PAIRS>(from, to, padded, simple ? scale * LOG2E : 1.f, at.m + at_row, at.l + at_row * VL,
                           at.o + at_row * at.ldo, at.ldo);
       }

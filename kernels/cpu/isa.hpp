@@ -27,7 +27,8 @@ AI bool pairs(const Job& j) { return j.q.type != F32 && j.q.type != F16 && j.k.t
 #endif
 
 // Prefill of pairs: on AMX, or with bf16 dot products. Backward of pairs: Intel's processors with AMX make a bf16 dot
-// product in four times the cycles of a multiply-add (Xeon 6, 110 GFLOP/s against 220, 2026-11-30), so there it widens.
+// product in four times the cycles of a multiply-add (a Xeon with AMX and avx512_fp16, 110 GFLOP/s against 220,
+// 2026-11-30), so there it widens.
 #if HAS_AMX
 #define PICK(CALL, ...) return pairs(j) ? CALL<Amx>(__VA_ARGS__) : CALL<Fma>(__VA_ARGS__)
 #define PICK_BACKWARD(CALL, ...) return CALL<Fma>(__VA_ARGS__)

@@ -1,5 +1,14 @@
 // From products of queries and keys to logits: scale, softcap, ALiBi, bias and masks, for one query row.
 
+// The query and the head of the group that row r of a key head is.
+struct Place {
+  int i, g;
+};
+AI Place place_of(const Job& j, int r) {
+  if (j.group == 1) return {r, 0};  // a division takes as long as a row of 16 scores
+  return {r / j.group, r % j.group};
+}
+
 // What a row (query i, head h) of a sequence is subject to.
 struct Row {
   int i, h, lo, hi;    // visible keys [lo, hi)
@@ -39,21 +48,17 @@ AI Row row_of(const Job& j, const Sequence& s, int b, int i, int h) {
 
 // n lanes of attn_bias, `stride` elements apart, in units of log2.
 AI vf bias_lanes(int type, const char* p, int64_t stride, int n) {
-  const int64_t size = type_size(type);
+  const int as = type == BOOL ? I8 : type;
   alignas(64) char copy[4 * VL] = {};
-  if (stride == 0 && n > 0) {
-    for (int x = 0; x < VL; x++) __builtin_memcpy(copy + x * size, p, size);
-  } else if (stride == 1 && n >= VL) {
-    __builtin_memcpy(copy, p, VL * size);
-  } else {
-    for (int x = 0; x < n; x++) __builtin_memcpy(copy + x * size, p + x * stride * size, size);
+  if (stride != 1) {
+    const int64_t size = type_size(type);
+    for (int x = 0; x < least(n, VL); x++) __builtin_memcpy(copy + x * size, p + x * stride * size, size);
+    p = copy;
   }
-  if (type == BOOL) {
-    const vi set = __builtin_convertvector(*reinterpret_cast<const vb_any*>(copy), vi);
-    return set != 0 ? vf{} : set1(-INF);
-  }
+  const vf bias = load_typed(as, p, n);
+  if (type == BOOL) return bias != vf{} ? vf{} : set1(-INF);
   // A finite bias stays finite in units of log2: masks are often filled with the lowest number of a dtype.
-  const vf bias = load_typed(type, copy, VL), scaled = bias * set1(LOG2E);
+  const vf scaled = bias * set1(LOG2E);
   return scaled == set1(-INF) && bias != scaled ? set1(LOWEST) : scaled;
 }
 
@@ -102,16 +107,38 @@ AI vf column_logit(const Job& j, const Row& row, vf product, float scale, int ke
                cap_slope);
 }
 
-// Rewrite s[0..n) (n a multiple of VL), products with keys k0.., as logits in units of log2, hidden ones -inf.
-static __attribute__((noinline)) void logits(const Job& j, const Row& row, float scale, int k0, int n, int n_k,
-                                             float* s) {
-  for (int x = 0; x < n; x += VL)
-    store(s + x, hide(row_logit(j, row, load(s + x), scale, k0 + x, n_k, nullptr), row, k0 + x));
-}
-
 // Hide alone, where the plain scale is applied later.
 AI void hide_ends(const Row& row, int k0, int n, float* s) {
   if (row.lo <= k0 && row.hi >= k0 + n) return;
   for (int x = 0; x < n; x += VL)
-    if (row.lo > k0 + x || row.hi < k0 + x + VL) store(s + x, hide(load(s + x), row, k0 + x));
+    if (row.lo > k0 + x || row.hi < k0 + x + VL) store(s + x, opaque(hide(load(s + x), row, k0 + x)));
+}
+
+// Whether attn_bias is the same for all rows of a key head, as the mask of a padded batch is.
+AI bool shared_bias(const Job& j) {
+  return j.bias.data && j.bias.query == 0 && (j.bias.head == 0 || j.group == 1);
+}
+
+// The shared bias of keys [k0, k0 + n), in units of log2, in whole vectors.
+static __attribute__((noinline)) void copy_shared_bias(const Job& j, int b, int h, int k0, int n, float* to) {
+  const int64_t size = type_size(j.bias.type);
+  const char* from = j.bias.data + (b * j.bias.batch + h * j.bias.head + k0 * j.bias.key) * size;
+  for (int x = 0; x < n; x += VL)
+    store(to + x, bias_lanes(j.bias.type, from + x * j.bias.key * size, j.bias.key, n - x));
+}
+
+// Rewrite s[0..n) (n a multiple of VL), products with keys k0.., as logits in units of log2, hidden ones -inf.
+// `shared`: the bias of these keys where it is shared, else null.
+static __attribute__((noinline)) void logits(const Job& j, const Row& row, float scale, int k0, int n, int n_k,
+                                             float* s, const float* shared) {
+  if (shared && j.softcap == 0 && row.slope == 0) {
+    const vf by = set1(scale * LOG2E);
+    for (int x = 0; x < n; x += VL) store(s + x, fma(load(s + x), by, load(shared + x)));
+    return hide_ends(row, k0, n, s);
+  }
+  for (int x = 0; x < n; x += VL) {
+    vf logit = row_logit(j, row, load(s + x), scale, k0 + x, n_k, nullptr);
+    if (shared) logit += load(shared + x);
+    store(s + x, hide(logit, row, k0 + x));
+  }
 }

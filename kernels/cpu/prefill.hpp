@@ -11,28 +11,29 @@ template <class P> static size_t packed_bytes(const Job& j, int n_k, bool values
   return static_cast<size_t>(words) * 4;
 }
 
-// Pack panel `panel` of the keys and values of one key head; keys past the end become zeros and are never read.
+// Pack panel `panel` of the keys and values of one key head; keys past the end are never read: zeros where products
+// take them in (P::KEYS), else left out.
 template <class P> static void pack(const Job& j, int b, int kv_head, int panel, Packed to) {
   const Sequence s = sequence(j, b);
-  const int first = panel * PK;
+  const int first = panel * PK, n = static_cast<int>(round_up(least(PK, s.n_k - first), P::KEYS));
   const char *k[PK], *v[PK];
-  for (int i = 0; i < PK; i++) {
+  for (int i = 0; i < round_up(n, VL); i++) {
     const bool inside = first + i < s.n_k;
     k[i] = inside ? key_row(j, j.k, s, b, first + i, kv_head) : nullptr;
     v[i] = inside ? key_row(j, j.v, s, b, first + i, kv_head) : nullptr;
   }
   float* panel_to = reinterpret_cast<float*>(to.k) + static_cast<int64_t>(first) * words_of<P>(j.dim);
   float* rows_to = reinterpret_cast<float*>(to.v) + static_cast<int64_t>(first) / P::PAIR * columns_of<P>(j.dim_v);
-  FOR_TYPE(j.k.type, (pack_panel<P, T>(panel_to, k, j.dim)));
-  FOR_TYPE(j.v.type, (pack_rows<P, T>(rows_to, v, j.dim_v, PK)));
+  FOR_TYPE(j.k.type, (pack_panel<P, T>(panel_to, k, j.dim, n)));
+  FOR_TYPE(j.v.type, (pack_rows<P, T>(rows_to, v, j.dim_v, n)));
 }
 
 // A task's scratch.
 template <class P> struct PrefillScratch {
-  float *q, *o, *s, *p, *m, *l;
+  float *q, *o, *s, *p, *m, *l, *bias;
   static size_t bytes(const Job& j, int rows) {
     const size_t padded = round_up(rows, MR);
-    return 4 * (padded * (padded_words<P>(j.dim) + round_up(j.dim_v, VL) + VL + VL) + 2 * MR * KB) + 4096;
+    return 4 * (padded * (padded_words<P>(j.dim) + round_up(j.dim_v, VL) + VL + VL) + 2 * MR * KB + KB) + 4096;
   }
   PrefillScratch(const Job& j, int rows, char* base) {
     const size_t padded = round_up(rows, MR);
@@ -41,7 +42,8 @@ template <class P> struct PrefillScratch {
     l = o + padded * round_up(j.dim_v, VL);
     s = l + padded * VL;
     p = s + MR * KB;
-    m = p + MR * KB;
+    bias = p + MR * KB;
+    m = bias + KB;
   }
 };
 
@@ -102,10 +104,12 @@ template <class P> static void prefill(const Job& j, const PrefillTask& t, char*
   for (int r = 0; r < padded; r++) {
     float* to = at.q + static_cast<int64_t>(r) * lda;
     if (r < t.rows) {
-      const int i = (t.row + r) / j.group, h = t.kv_head * j.group + (t.row + r) % j.group;
+      const Place at_r = place_of(j, t.row + r);
+      const int h = t.kv_head * j.group + at_r.g;
       // Rows of one head lie a token apart, which hardware does not fetch ahead: 9 % of a call at 512 keys.
-      if (r + 8 < t.rows) prefetch_row(query_row(j, j.q, s, t.b, (t.row + r + 8) / j.group, h), j.dim * type_size(j.q.type));
-      const char* row = query_row(j, j.q, s, t.b, i, h);
+      if (r + 8 < t.rows)
+        prefetch_row(query_row(j, j.q, s, t.b, place_of(j, t.row + r + 8).i, h), j.dim * type_size(j.q.type));
+      const char* row = query_row(j, j.q, s, t.b, at_r.i, h);
       FOR_TYPE(j.q.type, (copy_row<P, T>(to, row, j.dim)));
     } else {
       for (int w = 0; w < lda; w += VL) store(to + w, vf{});
@@ -114,41 +118,42 @@ template <class P> static void prefill(const Job& j, const PrefillTask& t, char*
     store(at.l + r * VL, vf{});
     at.m[r] = -INF;
   }
-  if (padded != t.rows) __builtin_memset(at.p, 0, 4 * MR * KB);  // rows that only fill the last tile
   const float scale = scale_of(j, t.b, t.kv_head);
-  const bool simple = plain(j);
-  const int first_i = t.row / j.group, last_i = (t.row + t.rows - 1) / j.group;
-  const int begin = row_of(j, s, t.b, first_i, 0).lo / KB * KB, end = row_of(j, s, t.b, last_i, 0).hi;
-  for (int k0 = begin; k0 < end; k0 += KB)
+  const bool simple = plain(j), shared = shared_bias(j);
+  auto span_of = [&](int r) { return visible(j, s, place_of(j, t.row + r).i); };
+  const int begin = span_of(0).lo / KB * KB, end = span_of(t.rows - 1).hi;
+  for (int k0 = begin; k0 < end; k0 += KB) {
+    if (shared) copy_shared_bias(j, t.b, t.kv_head * j.group, k0, least(KB, s.n_k - k0), at.bias);
     for (int r = 0; r < t.rows; r += MR) {
       const int rows = least(MR, t.rows - r);
-      const Row first = row_of(j, s, t.b, (t.row + r) / j.group, 0);
-      const Row last = row_of(j, s, t.b, (t.row + r + rows - 1) / j.group, 0);
-      const int stop = least(last.hi - k0, KB), start = most(0, first.lo - k0) / PK * PK;
+      const int stop = least(span_of(r + rows - 1).hi - k0, KB), start = most(0, span_of(r).lo - k0) / PK * PK;
       if (stop <= start) continue;
       const float* panels = reinterpret_cast<const float*>(t.kv.k) + static_cast<int64_t>(k0) * words;
-      for (int x = start; x < stop; x += PK)
-        score_tile<P>(at.q + static_cast<int64_t>(r) * lda, lda, panels + static_cast<int64_t>(x) * words, words,
-                      at.s + x, KB);
+      score_tiles<P>(at.q + static_cast<int64_t>(r) * lda, lda, panels, words, start, stop, s.n_k - k0, at.s, KB);
       const int n = static_cast<int>(round_up(stop, 2 * VL));
       float factor[MR] = {1, 1, 1, 1, 1, 1};
       bool rescale = false;
       for (int y = 0; y < rows; y++) {
-        const int i = (t.row + r + y) / j.group, h = t.kv_head * j.group + (t.row + r + y) % j.group;
-        const Row row = row_of(j, s, t.b, i, h);
+        const Place place = place_of(j, t.row + r + y);
+        Row row = row_of(j, s, t.b, place.i, t.kv_head * j.group + place.g);
+        if (shared) row.bias = nullptr;
         float* scores = at.s + y * KB;
         if (simple) hide_ends(row, k0 + start, n - start, scores + start);
-        else logits(j, row, scale, k0 + start, n - start, s.n_k, scores + start);
+        else logits(j, row, scale, k0 + start, n - start, s.n_k, scores + start, shared ? at.bias + start : nullptr);
         factor[y] = softmax_row<P>(scores, at.p + y * (KB / P::PAIR), start, n, simple ? scale * LOG2E : 1.f,
                                    at.m + r + y, at.l + (r + y) * VL);
         rescale |= factor[y] != 1.f;
       }
+      for (int y = rows; y < MR; y++)  // rows that only fill the last tile
+        for (int x = start / P::PAIR; x < n / P::PAIR; x += VL) store(at.p + y * (KB / P::PAIR) + x, vf{});
       const float* values = reinterpret_cast<const float*>(t.kv.v) + static_cast<int64_t>((k0 + start) / P::PAIR) * ldv;
       value_tiles<P>(at.p + start / P::PAIR, KB / P::PAIR, values, ldv, (stop - start + P::PAIR - 1) / P::PAIR,
                      at.o + static_cast<int64_t>(r) * ldv, ldv, rescale ? factor : nullptr);
     }
+  }
   for (int r = 0; r < t.rows; r++) {
-    const int i = (t.row + r) / j.group, h = t.kv_head * j.group + (t.row + r) % j.group;
-    finish_row(j, s, t.b, i, h, at.o + static_cast<int64_t>(r) * ldv, at.m[r], lane_sum(load(at.l + r * VL)));
+    const Place place = place_of(j, t.row + r);
+    finish_row(j, s, t.b, place.i, t.kv_head * j.group + place.g, at.o + static_cast<int64_t>(r) * ldv, at.m[r],
+               lane_sum(load(at.l + r * VL)));
   }
 }

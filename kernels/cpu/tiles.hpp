@@ -5,15 +5,19 @@
 // the same layout as Dot, padded to whole tiles: amx.hpp.
 
 // PAIR: elements of a word. WORDS, COLUMNS: a panel's words and the columns of packed rows are multiples of these.
+// KEYS: the last keys are packed up to a multiple of this. NARROW: a last panel of fewer keys is no wider than they are,
+// so that it fills its lines and leaves L1 to others.
 struct Fma {
-  static constexpr int PAIR = 1, WORDS = 1, COLUMNS = VL;
+  static constexpr int PAIR = 1, WORDS = 1, COLUMNS = VL, KEYS = 1;
+  static constexpr bool NARROW = true;
   AI vf mac(vf c, vf a, vf b) { return fma(a, b, c); }
 };
 
 #if defined(__AVX512BF16__)
 #define HAS_DOT 1
 struct Dot {
-  static constexpr int PAIR = 2, WORDS = 1, COLUMNS = VL;
+  static constexpr int PAIR = 2, WORDS = 1, COLUMNS = VL, KEYS = 2;
+  static constexpr bool NARROW = true;
   AI vf mac(vf c, vf a, vf b) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
@@ -25,7 +29,8 @@ struct Dot {
 #if defined(__AMX_BF16__)
 #define HAS_AMX 1
 struct Amx {
-  static constexpr int PAIR = 2, WORDS = 16, COLUMNS = 32;
+  static constexpr int PAIR = 2, WORDS = 16, COLUMNS = 32, KEYS = 32;
+  static constexpr bool NARROW = false;
 };
 #else
 #define HAS_AMX 0
@@ -71,18 +76,25 @@ template <class P, int T> AI void copy_row(float* to, const char* row, int dim) 
     default: { constexpr int T = I8; __VA_ARGS__; break; }     \
   }
 
-// A panel: rows[i] (null: zeros) -> to[word][PK].
-template <class P, int T> static void pack_panel(float* to, const char* const* rows, int dim) {
-  const int words = words_of<P>(dim);
-  for (int j = 0; j < PK; j += VL) {
-    for (int i = 0; i < VL && j + VL < PK; i++)
-      if (rows[j + VL + i]) prefetch_row(rows[j + VL + i], dim * type_size(T));
+// Floats from one word of a panel to the next, of which n keys are left.
+template <class P> AI int width_of(int n) { return P::NARROW && n < PK ? static_cast<int>(round_up(n, VL)) : PK; }
+
+// A panel of n keys: rows[i] (null: zeros) -> to[word][key], whole vectors of keys.
+template <class P, int T> static void pack_panel(float* to, const char* const* rows, int dim, int n) {
+  const int words = words_of<P>(dim), width = width_of<P>(n);
+  auto fetch = [&](int j) {
+    for (int i = 0; i < VL && j < n; i++)
+      if (rows[j + i]) prefetch_row(rows[j + i], dim * type_size(T));
+  };
+  fetch(0);
+  for (int j = 0; j < n; j += VL) {
+    fetch(j + VL);
     for (int w = 0; w < words; w += VL) {
       vf r[VL];
       UNROLL for (int i = 0; i < VL; i++) r[i] = rows[j + i] ? load_words<P, T>(rows[j + i], w * P::PAIR, dim) : vf{};
       transpose(r);
-      const int n = least(VL, words - w);
-      for (int i = 0; i < n; i++) store(to + static_cast<int64_t>(w + i) * PK + j, r[i]);
+      const int m = least(VL, words - w);
+      for (int i = 0; i < m; i++) store(to + static_cast<int64_t>(w + i) * width + j, r[i]);
     }
   }
 }
@@ -97,9 +109,13 @@ template <int T> AI vu load_bf16(const char* p, int n) {
 template <class P, int T> static void pack_rows(float* to, const char* const* rows, int dim, int n) {
   const int columns = columns_of<P>(dim);
   const int64_t size = type_size(T);
+  auto fetch = [&](int first, int end) {
+    for (int k = first; k < least(end, n); k++)
+      if (rows[k]) prefetch_row(rows[k], dim * type_size(T));
+  };
+  fetch(0, 8);
   for (int k = 0; k < n; k += P::PAIR) {
-    for (int i = 8; i < 8 + P::PAIR && k + i < n; i++)
-      if (rows[k + i]) prefetch_row(rows[k + i], dim * type_size(T));
+    fetch(k + 8, k + 8 + P::PAIR);
     for (int d = 0; d < columns; d += VL) {
       float* at = to + static_cast<int64_t>(k / P::PAIR) * columns + d;
       if constexpr (P::PAIR == 1) {
@@ -113,23 +129,40 @@ template <class P, int T> static void pack_rows(float* to, const char* const* ro
   }
 }
 
-// c[MR][PK] = rows (stride lda words) * panel.
-template <class P> static __attribute__((noinline)) void score_tile(const float* a, int lda, const float* panel,
-                                                                    int words, float* c, int ldc) {
-  vf sum[MR][NC];
-  UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NC; j++) sum[i][j] = vf{};
+// c[MR][N vectors of keys] = rows (stride lda words) * panel.
+template <class P, int N> static __attribute__((noinline)) void score_tile(const float* a, int lda, const float* panel,
+                                                                           int width, int words, float* c, int ldc) {
+  vf sum[MR][N];
+  UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < N; j++) sum[i][j] = vf{};
   // A pointer for each row: an index made from i * lda took two more instructions for each broadcast.
   const float* row[MR];
   UNROLL for (int i = 0; i < MR; i++) row[i] = a + static_cast<int64_t>(i) * lda;
-  for (int64_t w = 0; w < words; w++, panel += PK) {
-    vf b[NC];
-    UNROLL for (int j = 0; j < NC; j++) b[j] = load(panel + VL * j);
+  for (int64_t w = 0; w < words; w++, panel += width) {
+    vf b[N];
+    UNROLL for (int j = 0; j < N; j++) b[j] = load(panel + VL * j);
     UNROLL for (int i = 0; i < MR; i++) {
       const vf x = set1(row[i][w]);
-      UNROLL for (int j = 0; j < NC; j++) sum[i][j] = P::mac(sum[i][j], x, b[j]);
+      UNROLL for (int j = 0; j < N; j++) sum[i][j] = P::mac(sum[i][j], x, b[j]);
     }
   }
-  UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NC; j++) store(c + i * ldc + VL * j, sum[i][j]);
+  UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < N; j++) store(c + i * ldc + VL * j, sum[i][j]);
+}
+
+// Scores with keys [start, stop) of panels that hold n keys from key 0 on (start is a multiple of PK), whole vectors of
+// them.
+template <class P> AI void score_tiles(const float* a, int lda, const float* panels, int words, int start, int stop,
+                                       int n, float* c, int ldc) {
+  int x = start;
+  for (; x + PK - VL < stop; x += PK)
+    score_tile<P, NC>(a, lda, panels + static_cast<int64_t>(x) * words, width_of<P>(n - x), words, c + x, ldc);
+  if (x >= stop) return;
+  const float* panel = panels + static_cast<int64_t>(x) * words;
+  const int vectors = (stop - x + VL - 1) / VL, width = width_of<P>(n - x);
+  if (vectors == 1) score_tile<P, 1>(a, lda, panel, width, words, c + x, ldc);
+#if defined(__AVX512F__) || defined(__aarch64__)
+  if (vectors == 2) score_tile<P, 2>(a, lda, panel, width, words, c + x, ldc);
+  if (vectors == 3) score_tile<P, 3>(a, lda, panel, width, words, c + x, ldc);
+#endif
 }
 
 // o[MR][N vectors] = factor * o + p[MR][words] * rows (stride ldv words). A block is summed on its own and then added:

@@ -42,6 +42,14 @@ AI vf set1(float x) { return x - vf{}; }
 AI vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 AI void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
 AI vf fma(vf a, vf b, vf c) { return a * b + c; }  // contracted: -ffp-contract=fast
+// Hides from the compiler where x comes from. A vector that is read, changed and written back becomes a store of the
+// changed lanes alone, which the next read of it has to wait for.
+AI vf opaque(vf x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#endif
+  return x;
+}
 AI vf vmax(vf a, vf b) { return a > b ? a : b; }
 AI vi as_int(vf x) { return reinterpret_cast<vi>(x); }
 AI vf as_float(vi x) { return reinterpret_cast<vf>(x); }
@@ -260,7 +268,15 @@ template <int T> AI vf load_as(const void* p) {
 template <int T> AI vf load_part(const void* p, int n) {
   if (n >= VL) return load_as<T>(p);
   alignas(64) char copy[4 * VL] = {};
+#if defined(__AVX512F__)  // a call of memcpy takes as long as what follows
+  const __mmask16 there = static_cast<__mmask16>(n > 0 ? (1u << n) - 1 : 0);
+  if constexpr (type_size(T) == 4) _mm512_store_ps(copy, _mm512_maskz_loadu_ps(there, p));
+  else if constexpr (type_size(T) == 2)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(copy), _mm256_maskz_loadu_epi16(there, p));
+  else _mm_store_si128(reinterpret_cast<__m128i*>(copy), _mm_maskz_loadu_epi8(there, p));
+#else
   if (n > 0) __builtin_memcpy(copy, p, n * type_size(T));
+#endif
   return load_as<T>(copy);
 }
 
