@@ -142,6 +142,29 @@ def dense(shape: Shape, dtype: torch.dtype, over: float, share: float) -> Row:
     return Row(shape.name, calls, shape.flops(), machine, {"PyTorch": over})
 
 
+#: Sentences: heads, head size, (sentences, tokens) of each. PyTorch's kernel is at its best at 32 tokens.
+_SENTENCES = ((12, 32, ((32, 17), (8, 32), (32, 64), (1, 128))), (12, 64, ((32, 17), (8, 32), (32, 33))))
+
+
+def short_rows() -> Iterator[Case]:
+    """Short prompts in fp32: padded ones with their mask, as models like MiniLM make them, and without."""
+    for heads, dim, sizes in _SENTENCES:
+        for batch, tokens in sizes:
+            padded = dim == 32
+            name = f"fp32 {'padded ' if padded else ''}sentences {batch}x{tokens} H{heads} D{dim}"
+            shape = Shape(name, "prefill", batch, tokens, tokens, heads, heads, dim, causal=False, padded=padded)
+            yield name, partial(sentences, shape)
+
+
+def sentences(shape: Shape) -> Row:
+    """One call that is not causal; PyTorch's mask is made before, as a model makes it once for all layers."""
+    q, k, v, _, options, _ = shape.make(torch.float32, CPU)
+    mask = options.get("attn_bias")
+    theirs = sdpa(q, k, v, attn_mask=mask)
+    ours = partial(attention, q, k, v, attn_bias=mask, backend="cpu")
+    return Row(shape.name, {"ours": ours, "PyTorch": theirs}, shape.flops(), over={"PyTorch": 1.0})
+
+
 def varlen(shape: Shape) -> Row:
     """Packed sequences of mixed lengths, beside PyTorch's call on one after the other."""
     q, k, v, _, options, _ = shape.make(torch.bfloat16, CPU)
@@ -290,6 +313,8 @@ def cases(quick: bool) -> Iterator[Case]:
     """Return everything that is measured."""
     yield "call overhead: 1 token, 1 head, 16 keys", overhead
     yield from prefill_rows(quick)
+    if not quick:
+        yield from short_rows()
     yield from decode_rows(quick)
     for dtype in (torch.bfloat16, torch.float32)[: 1 if quick else 2]:
         name = f"{NAMES[dtype]} training H16 D64 S1024"

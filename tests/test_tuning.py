@@ -23,6 +23,7 @@ from vllm_accel.dispatch import built, measured, quarantine, registry, warm
 from vllm_accel.dispatch import settings as settings_module
 from vllm_accel.dispatch.device import detect, preset
 from vllm_accel.dispatch.estimate import distance_of
+from vllm_accel.dispatch.spec import Feature
 from vllm_accel.dispatch.table_file import parse
 from vllm_accel.tuning import attention, build, families, grid, timing, trial, tune
 from vllm_accel.tuning.attention import AttentionProblem
@@ -343,6 +344,21 @@ def test_between_points_of_the_grid_something_is_near() -> None:
         assert any(distance_of(spec, other) is not None for other in known), shape
 
 
+def test_a_padded_batch_is_checked_with_its_mask() -> None:
+    given = {"kind": "prefill", "dtype": "fp32", "batch": 3, "seqlen_q": 20, "seqlen_k": 20, "heads": 2, "kv_heads": 2,
+             "head_dim": 16, "causal": False, "padded": True}  # fmt: skip
+    found = attention.parse(given)
+    assert "padded" in found.name and found.to_json() == {"op": "attention", "name": found.name, **given}
+    inputs = found.make(CPU)
+    mask = inputs.options["attn_bias"]
+    assert mask.shape == (3, 1, 1, 20) and [int(m.sum()) for m in mask] == [20, 14, 18]
+    assert Feature.MASK in found.explain(inputs).spec.features
+    truth = found.truth(inputs)
+    found.verify(found.step(inputs, None)(), truth)
+    with pytest.raises(AssertionError, match="sequence 2"):
+        found.verify(found.step(inputs._replace(options={"causal": False}), None)(), truth)
+
+
 def test_ragged_lengths_are_of_several_sizes() -> None:
     lengths = grid.ragged(16, 512, 4096)
     assert lengths[0] == (512, 4096) and len(set(lengths)) == 16
@@ -355,6 +371,7 @@ def test_ragged_lengths_are_of_several_sizes() -> None:
     ({"kind": "sleep", "dtype": "bf16", "seqlen_q": 1, "seqlen_k": 8}, "'sleep' is not prefill"),
     ({"kind": "decode", "dtype": "bf16", "seqlen_q": "1", "seqlen_k": 8}, "seqlen_q has to be int"),
     ({"op": "paged", "kind": "decode", "dtype": "bf16", "lengths": [[1, 8]]}, "needs block_size"),
+    ({"kind": "prefill", "dtype": "bf16", "seqlen_q": 8, "seqlen_k": 8, "padded": True}, "not causal"),
     ({"op": "sort"}, "op one of"),
     ([], "is an object"),
 ], ids=str)  # fmt: skip

@@ -120,7 +120,7 @@ def parse(data: Mapping[str, Any]) -> AttentionProblem:
         raise ValueError(f"{unknown[0]!r} is not one of {', '.join(known)}")
     given["lengths"] = tuple((int(a), int(b)) for a, b in given.get("lengths", ()))
     for name, value in given.items():
-        wanted: type = {"name": str, "kind": str, "causal": bool, "lengths": tuple}.get(name, int)
+        wanted: type = {"name": str, "kind": str, "causal": bool, "padded": bool, "lengths": tuple}.get(name, int)
         if type(value) is not wanted:
             raise ValueError(f"{name} has to be {wanted.__name__}, not {value!r}")
     if data.get("op") == "paged" and not given.get("block_size"):
@@ -145,5 +145,6 @@ def label(shape: Shape, dtype: torch.dtype) -> str:
     elif shape.lengths:
         parts.append("packed")
     parts += ["causal"] if shape.causal else []
+    parts += ["padded"] if shape.padded else []
     parts += [f"window {shape.window}"] if shape.window else []
     return " ".join(parts)

@@ -43,6 +43,8 @@ def parts(shape: Shape, inputs: Inputs) -> list[Part]:
         if shape.block_size:  # the blocks of one sequence
             k, v = (t.flatten(0, 1)[: shape.sequences[b][1]] for t in (k, v))
         options = {name: value for name, value in inputs.options.items() if name in ("causal", "window_size")}
+        if shape.padded:
+            options["attn_bias"] = inputs.options["attn_bias"][b : b + 1]
         want = _blocks(attention_oracle, torch.float64, (q, k, v, dout), options, grad)
         plain = _blocks(plain_attention, q.dtype, (q, k, v, dout), options, grad)
         made.append(Part(name, rows, keys, want, plain))

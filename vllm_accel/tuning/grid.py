@@ -29,7 +29,7 @@ class Work:
     """A kind of work: everything of a call but its lengths.
 
     Attributes:
-        kind, heads, kv_heads, head_dim, head_dim_v, causal, window, block_size: as in `Shape`.
+        kind, heads, kv_heads, head_dim, head_dim_v, causal, window, block_size, padded: as in `Shape`.
         packed: sequences of several lengths, packed. dtypes: to measure, in this order.
         points: (sequences, query length, key length), most telling first.
     """
@@ -45,6 +45,7 @@ class Work:
     window: int = 0
     block_size: int = 0
     packed: bool = False
+    padded: bool = False
 
     def problem(self, point: tuple[int, int, int], dtype: torch.dtype, lengths_seed: int = 0) -> AttentionProblem:
         """Return one call of this kind."""
@@ -58,7 +59,7 @@ class Work:
         shape = Shape(
             name="-", kind=self.kind, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
             head_dim_v=self.head_dim_v, causal=self.causal, window=self.window, block_size=self.block_size,
-            **sizes,
+            padded=self.padded, **sizes,
         )  # fmt: skip
         named = {f: getattr(shape, f) for f in shape.__dataclass_fields__}
         return AttentionProblem(Shape(**{**named, "name": label(shape, dtype)}), dtype)
@@ -179,10 +180,12 @@ def gpu_paged() -> tuple[Work, ...]:
 
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: No multiples of a block, as the lengths of prompts are none: at 32 tokens PyTorch's kernel is 1.1 times as fast as
-#: ours, and at 50, of which it makes two blocks, ours 1.25 times as fast as that.
+#: No multiples of a block, as the lengths of prompts are none: PyTorch's kernel makes blocks of 32 rows, and is at its
+#: best at 32 tokens and at its worst at 33.
 _CPU_LENGTHS, _CPU_KEYS = (44, 176, 700, 2050), (140, 600, 2300, 8200)
 _CPU_SQUARE = _lattice((1, 4), _CPU_LENGTHS)
+#: Sentences, as models like MiniLM take them.
+_CPU_SHORT = _lattice((1, 4, 16), (24, 96))
 _CPU_DECODE = _caches((1, 4), (1,), _CPU_KEYS)
 _CPU_ATTENTION: tuple[Work, ...] = (
     Work("prefill", 8, 2, 64, _CPU_DTYPES, _CPU_SQUARE),
@@ -194,6 +197,8 @@ _CPU_ATTENTION: tuple[Work, ...] = (
     Work("prefill", 8, 2, 128, _CPU_DTYPES[:2], _CPU_SQUARE),
     Work("decode", 8, 2, 128, _CPU_DTYPES[:2], _CPU_DECODE),
     Work("prefill", 12, 12, 32, _CPU_DTYPES[:1], _lattice((1, 4), _CPU_LENGTHS[:3]), causal=False),
+    Work("prefill", 12, 12, 32, _CPU_DTYPES[:1], _CPU_SHORT, causal=False, padded=True),
+    Work("prefill", 12, 12, 64, _CPU_DTYPES, _CPU_SHORT, causal=False),
 )
 _CPU_PAGED: tuple[Work, ...] = (
     Work("decode", 8, 2, 64, _CPU_DTYPES[:2], _caches((1, 4, 16), (1,), _CPU_KEYS[:3]), block_size=16),

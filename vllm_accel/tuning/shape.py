@@ -22,6 +22,7 @@ class Shape:
         batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim, head_dim_v: sizes of a dense call.
         lengths: (query, key) lengths of packed sequences; makes the call varlen. causal: aligned bottom-right.
         window: keys to the left of the diagonal that a query sees, 0 for all. block_size: of a paged cache, 0 without.
+        padded: a dense batch of several lengths, the first one whole, with a boolean mask of keys (B, 1, 1, Sk).
 
     Raises:
         ValueError: sizes that make no call.
@@ -40,6 +41,7 @@ class Shape:
     lengths: tuple[tuple[int, int], ...] = ()
     window: int = 0
     block_size: int = 0
+    padded: bool = False
 
     def __post_init__(self) -> None:
         sizes = [self.heads, self.kv_heads, self.head_dim, self.batch, *itertools.chain(*self.sequences)]
@@ -51,6 +53,8 @@ class Shape:
             raise ValueError(f"{self.name}: a window is to the left of a causal diagonal")
         if self.block_size and self.kind == "train":
             raise ValueError(f"{self.name}: attention over a paged cache has no backward")
+        if self.padded and (self.packed or self.causal or self.kind != "prefill"):
+            raise ValueError(f"{self.name}: what is padded is a dense forward that is not causal")
 
     @property
     def sequences(self) -> tuple[tuple[int, int], ...]:
@@ -92,6 +96,8 @@ class Shape:
         options: dict[str, Any] = {"causal": self.causal}
         if self.window:
             options["window_size"] = (self.window, -1)
+        if self.padded:
+            options["attn_bias"] = _key_mask(self.batch, self.seqlen_k, device)
         if self.packed:
             lead_q, lead_k = (ends_q[-1],), (ends_k[-1],)
             cu_q = torch.tensor(ends_q, dtype=torch.int32, device=device)
@@ -132,6 +138,13 @@ def _drawer(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
         return lambda *shape: torch.empty(shape, dtype=dtype, device=device)
     generator = torch.Generator(device).manual_seed(0)
     return lambda *shape: torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+
+def _key_mask(batch: int, keys: int, device: torch.device) -> Tensor:
+    """Hide the ends of all sequences but the first: up to a half, spread evenly."""
+    seen = [max(1, round(keys * (1 - (b * 0.6180339887) % 1.0 / 2))) for b in range(batch)]
+    mask = torch.arange(keys) < torch.tensor(seen)[:, None]
+    return mask[:, None, None].to(device)
 
 
 def _block_table(used: list[int], block_size: int) -> Tensor:
