@@ -341,7 +341,11 @@ def _row(
 
 
 def _graph(launches: tuple[Launch, ...]) -> Callable[[], Any]:
-    """Return what replays some launches, so that no Python is in their time."""
+    """Return what replays some launches, so that no Python is in their time.
+
+    It keeps their tensors alive. Their addresses are in the graph, and the next capture gives unused memory back to the
+    driver: a replay would write partial results where no memory is.
+    """
     for launch in launches:
         run(launch)
     torch.cuda.synchronize()
@@ -349,7 +353,11 @@ def _graph(launches: tuple[Launch, ...]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         for launch in launches:
             run(launch)
-    return graph.replay
+    return functools.partial(_replay, graph, launches)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, launches: tuple[Launch, ...]) -> None:
+    graph.replay()
 
 
 def here() -> Where:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import time
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from benchmarks import gpu_triton_tiles as tiling
 from benchmarks.tile_problem import Where
 from benchmarks.workers import NO_TIME, STOPPED, Done, Task, run_all
 from vllm_accel.kernels.triton import toolchain
+from vllm_accel.kernels.triton.launch import Launch
 from vllm_accel.testing import Case, PagedCase
 
 META = Where(torch.device("meta"), "sm_90")
@@ -116,6 +120,24 @@ def test_splits_are_forced_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names[1] == ["paged_attention"] and names[2] == ["paged_attention", "combine_splits"]
     grids = [launches[0].grid[0] for launches in launched]
     assert grids[2] == 2 * grids[1] and grids[4] == 4 * grids[1]
+
+
+def test_a_graph_keeps_the_tensors_that_it_writes_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200 partial results that were freed after the capture made the replay an illegal memory access."""
+    replayed: list[str] = []
+    graph = SimpleNamespace(replay=lambda: replayed.append("replay"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(tiling, "run", lambda launch: None)
+    part = torch.empty(8)
+    alive = weakref.ref(part)
+    replay = tiling._graph((Launch(None, (1, 1, 1), (part,), {}, 4, 2),))
+    del part
+    replay()
+    assert replayed == ["replay"] and alive() is not None
+    del replay
+    assert alive() is None
 
 
 def test_a_wrong_number_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
