@@ -270,18 +270,18 @@ def paged_data(
     )  # fmt: skip
     out = torch.empty((*q.shape[:2], d_v), dtype=dtype, device=where.device)
     lse = torch.empty((q.shape[1], q.shape[0]), device=where.device)
-    native = not where.arch.startswith("sm_8") or where.arch == "sm_89"
+    chip = paged_launch.chip_of(where.arch)
 
-    def launches(tile: Tile, num_splits: int = 0) -> tuple[Launch, ...]:
-        sizes = paged_launch.sizes_of(q, v, args)
-        works = splits.plan_work(sizes, lambda rows: tile, where.sm_count, num_splits)
+    def launches(tile: Tile, num_splits: int = 0, chip: paged_launch.Chip = chip) -> tuple[Launch, ...]:
+        sizes = paged_launch.sizes_of(q, v, args, mla=mla)
+        works = splits.plan_work(sizes, lambda rows, many: tile, splits.Gpu(where.sm_count), num_splits)
         room = splits.scratch(works, sizes)
         part = torch.empty(room, device=where.device) if room else None
         made = []
         for work in works:
-            made.append(paged_launch.attention_launch(work, q, k, v, out, lse, part, args, mla=mla, native_e4m3=native))
+            made.append(paged_launch.attention_launch(work, q, k, v, out, lse, part, args, chip=chip, mla=mla))
             if work.split and part is not None:
-                made.append(paged_launch.combine_launch(work, out, lse, part, args))
+                made.append(paged_launch.combine_launch(work, out, lse, part, args, pdl=chip.pdl))
         return tuple(made)
 
     def verify() -> None:

@@ -20,6 +20,7 @@ from vllm_accel.kernels.triton.splits import Sizes, Work
 from vllm_accel.kernels.triton.tiles import Tile
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+H200 = splits.Gpu(132)
 NO_E4M3 = ("sm_80", "sm_86")
 #: Query tokens and heads of a group that take each height of tile.
 HEIGHTS = {"m16": (1, 4), "m32": (4, 8), "m64": (8, 8), "prefill": (64, 4)}
@@ -33,6 +34,7 @@ def launch_of(
     kv_dtype: torch.dtype | None = None,
     block_size: int = 16,
     mla: bool = False,
+    chip: paged_launch.Chip | None = None,
     **options: Any,
 ) -> tuple[Launch, Launch]:
     """Return the attention and combine launches of a kind of call on an architecture, made of meta tensors."""
@@ -56,16 +58,20 @@ def launch_of(
         "softcap": 0.0, "need_lse": True, "deterministic": False, "batch_invariant": False,
     }  # fmt: skip
     args = PagedArgs(meta(33, of=ints), meta(32, 256, of=ints), meta(32, of=ints), **{**values, **options})
-    sizes = paged_launch.sizes_of(q, v, args)
+    sizes = paged_launch.sizes_of(q, v, args, mla=mla)
     (work,) = splits.plan_work(
-        sizes, lambda rows: paged_launch.choose_tile(arch, rows, head_dim, head_dim_v, dtype, kv_dtype, mla), 132
+        sizes,
+        lambda rows, many: paged_launch.choose_tile(arch, rows, head_dim, head_dim_v, dtype, kv_dtype, mla, many),
+        H200,
     )
     out, lse = meta(tokens, heads, head_dim_v), meta(heads, tokens, of=floats)
     part = meta(splits.scratch((work,), sizes), of=floats)
     attention = paged_launch.attention_launch(
-        work, q, k, v, out, lse, part, args, mla=mla, native_e4m3=arch not in NO_E4M3
+        work, q, k, v, out, lse, part, args, chip=chip or paged_launch.chip_of(arch), mla=mla
     )
-    return attention, paged_launch.combine_launch(work, out, lse, part, args)
+    return attention, paged_launch.combine_launch(
+        work, out, lse, part, args, pdl=(chip or paged_launch.chip_of(arch)).pdl
+    )
 
 
 def spills_between_products(compiled: Compiled) -> int:
@@ -103,20 +109,45 @@ def test_decode_fits(kv_dtype: torch.dtype, arch: str) -> None:
     assert_good(attention, arch, blocks=few if arch in ("sm_80", "sm_90", "sm_100") else 1)
 
 
+@pytest.mark.parametrize("kv_dtype", [E4M3, torch.float8_e5m2])
+def test_fp8_values_leave_shared_memory_in_pairs(kv_dtype: torch.dtype) -> None:
+    """They were read byte by byte, 128 times a step of 128 keys: 57 % of the copy rate on an H200, 77 % in pairs."""
+    sass = compile_launch(launch_of("sm_90", kv_dtype=kv_dtype)[0], "sm_90").sass
+    assert "LDS.U8" not in sass and "LDSM.16.MT88.4" in sass
+    assert "LDS.U8" in compile_launch(launch_of("sm_90", kv_dtype=kv_dtype, chip=paged_launch.Chip())[0], "sm_90").sass
+
+
+def test_the_combine_overlaps_on_hopper_alone() -> None:
+    attention, combine = launch_of("sm_90")
+    assert (attention.pdl, combine.pdl) == (False, True)
+    assert "griddepcontrol.launch_dependents" in compile_launch(attention, "sm_90").ptx
+    assert "griddepcontrol.wait" in compile_launch(combine, "sm_90").ptx
+    assert not launch_of("sm_80")[1].pdl and not launch_of("gfx942")[1].pdl
+
+
+def test_chips() -> None:
+    assert [paged_launch.chip_of(a).native_e4m3 for a in ("sm_86", "sm_89", "sm_90", "sm_120", "gfx942", "")] == [
+        False, True, True, True, True, True,
+    ]  # fmt: skip
+    assert [paged_launch.chip_of(a).pairs for a in ("sm_86", "sm_89", "sm_120", "gfx942", "")] == [
+        False, True, True, False, False,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_dense_decode_fits(arch: str) -> None:
     """Keys that lie in one block of any length: no more registers than over pages, and three blocks as there."""
     q, k = (torch.empty(shape, device="meta", dtype=BF16) for shape in ((32, 32, 128), (32, 4097, 8, 128)))
     ints = [torch.empty(n, device="meta", dtype=torch.int32) for n in ((33,), (32, 1), (32,))]
     args = PagedArgs(*ints, *(None,) * 5, 1, 4097, 0.1, True, (-1, -1), 0.0, True, False, False)
-    sizes = paged_launch.sizes_of(q, k, args)
+    sizes = paged_launch.sizes_of(q, k, args, even=True)
     (work,) = splits.plan_work(
-        sizes, lambda rows: paged_launch.choose_tile(arch, rows, 128, 128, BF16, BF16, False), 132
+        sizes, lambda rows, many: paged_launch.choose_tile(arch, rows, 128, 128, BF16, BF16, False, many), H200
     )
     out, lse = torch.empty_like(q), torch.empty(32, 32, device="meta")
     part = torch.empty(splits.scratch((work,), sizes), device="meta")
     made = paged_launch.attention_launch(
-        work, q, k, k, out, lse, part, args, mla=False, native_e4m3=arch == "sm_90", one_block=True
+        work, q, k, k, out, lse, part, args, mla=False, chip=paged_launch.chip_of(arch), one_block=True
     )
     assert made.constexprs["PAGE"] == 1 << 30
     assert_good(made, arch, blocks=3)
@@ -189,31 +220,40 @@ def test_the_shortest_split_is_the_same_on_host_and_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "places", "keys"), [*itertools.product((1, 8, 64, 256, 500, 900), (132, 528), (1, 300, 4096, 2**20))]
+    ("blocks", "room", "keys"),
+    [*itertools.product((1, 8, 64, 256, 500, 900), ((132, 132), (396, 264), (528, 528)), (1, 300, 4096, 2**20))],
 )
-def test_splits_fill_the_device(blocks: int, places: int, keys: int) -> None:
-    chosen = splits.choose_splits(blocks, places, keys)
+def test_splits_keep_the_memory_busy(blocks: int, room: tuple[int, int], keys: int) -> None:
+    chosen = splits.choose_splits(blocks, splits.Places(*room), keys)
     most = max(1, min(splits.MAX_SPLITS, -(-keys // 256)))
     assert 1 <= chosen <= most
 
-    def fill(n: int) -> float:
-        waves = -(-blocks * n // places)
-        return blocks * n / (waves * places)
+    def spent(n: int) -> float:
+        """Return the time in units of what a busy memory takes."""
+        waves, rest = blocks * n // room[0], blocks * n % room[0]
+        return (waves * room[0] + (max(rest, room[1]) if rest else 0)) / (blocks * n)
 
-    best = max(fill(n) for n in range(1, most + 1))
-    if blocks < 4 * places:
-        assert fill(chosen) >= 0.85 * best
-        assert all(fill(n) < 0.85 * best for n in range(1, chosen))
+    best = min(spent(n) for n in range(1, most + 1))
+    if blocks < 4 * room[0]:
+        assert spent(chosen) <= best / 0.95
+        assert all(spent(n) > best / 0.95 for n in range(1, chosen))
     else:
         assert chosen == 1
 
 
 def test_known_cases() -> None:
-    """On 132 multiprocessors with room for 4 blocks each, 8 key heads."""
-    assert splits.choose_splits(32 * 8, 528, 4096) == 2
-    assert splits.choose_splits(128 * 8, 528, 4096) == 1
-    assert splits.choose_splits(8, 528, 32768) in range(56, 67)
-    assert splits.choose_splits(8, 528, 256) == 1
+    """What an H200 was fastest with, 8 key heads of 128 channels in bf16."""
+    tall, flat = (splits.places(tile, 512, H200) for tile in (Tile(16, 64, 4, 3), Tile(16, 32, 4, 4)))
+    assert (tall, flat) == ((3 * 132, 2 * 132), (4 * 132, 3 * 132))
+    assert splits.choose_splits(32 * 8, tall, 4096) == 1
+    assert splits.choose_splits(16 * 8, tall, 16384) == 2
+    assert splits.choose_splits(8, tall, 16384) in range(30, 34)
+    assert splits.choose_splits(64 * 8, flat, 2048) == 1
+    assert splits.choose_splits(32 * 8, flat, 4096) == 2
+    assert splits.choose_splits(200 * 8, tall, 4096) == 1
+    assert splits.choose_splits(8, tall, 256) == 1
+    latent = splits.places(Tile(16, 32, 4, 3), 576 * 2, H200)
+    assert (latent, splits.choose_splits(32, latent, 4096)) == ((2 * 132, 2 * 132), 8)
 
 
 def rows_computed(work: Work, sizes: Sizes, q_len: int) -> int:
@@ -232,10 +272,10 @@ def test_every_row_is_computed_once(lengths: list[int], batch_invariant: bool) -
     for group, max_k, sinks in itertools.product((1, 3, 128), (1, 700, 100000), (False, True)):
         sizes = Sizes(sum(lengths) + 3, len(lengths), 2 * group, 2, 64, max(lengths), max_k, 0, batch_invariant, sinks)
 
-        def tile(rows: int) -> Tile:
+        def tile(rows: int, many: bool) -> Tile:
             return Tile(16 if rows <= 16 else 32 if rows <= 32 else 64, 32, 4, 2)
 
-        works = splits.plan_work(sizes, tile, 132)
+        works = splits.plan_work(sizes, tile, H200)
         for q_len in lengths:
             assert sum(rows_computed(work, sizes, q_len) for work in works) == q_len * group
         assert sum(work.tail for work in works) == 1
@@ -249,7 +289,7 @@ def test_every_row_is_computed_once(lengths: list[int], batch_invariant: bool) -
         assert splits.scratch(works, sizes) == needed * sizes.num_heads * 65
         if batch_invariant and max(lengths) >= 5:
             # Tile and splits of a sequence of 5 tokens are those it has alone.
-            alone = splits.plan_work(sizes._replace(tokens=5, batch=1, max_seqlen_q=5), tile, 132)
+            alone = splits.plan_work(sizes._replace(tokens=5, batch=1, max_seqlen_q=5), tile, H200)
             mine = [w for w in works if w.low_q <= 5 <= w.high_q]
             assert [(w.tile, w.fixed, w.split) for w in mine] == [(w.tile, w.fixed, w.split) for w in alone]
 
@@ -258,25 +298,26 @@ def test_scratch_is_bounded_by_the_device() -> None:
     """Splits multiply the rows of few tiles only: never more than about what the device runs at a time."""
     for tokens, batch in ((100000, 1), (3000, 3), (64, 1), (16, 16), (4096, 4096)):
         sizes = Sizes(tokens, batch, 32, 8, 128, max(1, tokens // batch), 131072, 0, False, False)
-        works = splits.plan_work(sizes, lambda rows: Tile(16 if rows <= 16 else 64, 32, 4, 2), 132)
-        assert splits.scratch(works, sizes) <= splits.UNEVEN * 4 * 2 * 4 * 132 * 64 * 129
+        works = splits.plan_work(sizes, lambda rows, many: Tile(16 if rows <= 16 else 64, 32, 4, 2), H200)
+        assert splits.scratch(works, sizes) <= 2 * 4 * 2 * 4 * 132 * 64 * 129
 
 
 def test_a_decode_leaves_room_for_uneven_lengths() -> None:
+    """Shares of all keys of a batch: a mean sequence has two; one more for each is the room that rounding takes."""
     sizes = Sizes(32, 32, 32, 8, 128, 1, 16384, 0, False, False)
-    (work,) = splits.plan_work(sizes, lambda rows: Tile(16, 32, 4, 2), 132)
-    assert (work.goal, work.num_splits) == (2, 2 * splits.UNEVEN)
-    (alone,) = splits.plan_work(sizes._replace(tokens=1, batch=1), lambda rows: Tile(16, 32, 4, 2), 132)
-    assert alone.goal == 0 and alone.num_splits > 50
-    (fixed,) = splits.plan_work(sizes._replace(batch_invariant=True), lambda rows: Tile(16, 32, 4, 2), 132)
-    assert (fixed.goal, fixed.num_splits) == (0, 16)
+    (work,) = splits.plan_work(sizes, lambda rows, many: Tile(16, 32, 4, 2), H200)
+    assert (work.goal, work.num_splits, work.part_rows, work.parts(32)) == (2, 32 * 3, 1, 32 * 3 + 1)
+    (alone,) = splits.plan_work(sizes._replace(tokens=1, batch=1), lambda rows, many: Tile(16, 32, 4, 2), H200)
+    assert alone.goal == 0 and alone.num_splits > 50 and alone.parts(1) == alone.num_splits + 1
+    (fixed,) = splits.plan_work(sizes._replace(batch_invariant=True), lambda rows, many: Tile(16, 32, 4, 2), H200)
+    assert (fixed.goal, fixed.num_splits, fixed.parts(32)) == (0, 16, 32 * 16 + 1)
 
 
 def test_another_tile_computes_the_same_rows() -> None:
     for tokens, batch, longest in ((12, 3, 4), (3000, 3, 1000)):
         sizes = Sizes(tokens, batch, 32, 4, 128, longest, 4096, 0, False, False)
         for rows in (16, 64):
-            for work in splits.plan_work(sizes, lambda _, rows=rows: Tile(rows, 32, 4, 2), 132):
+            for work in splits.plan_work(sizes, lambda _, many, rows=rows: Tile(rows, 32, 4, 2), H200):
                 small = splits.with_tile(work, Tile(16, 16, 4, 1), sizes)
                 assert splits.with_tile(small, work.tile, sizes) == work
                 assert rows_computed(small, sizes, longest) == rows_computed(work, sizes, longest)

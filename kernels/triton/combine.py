@@ -11,15 +11,16 @@ Tiles: a program joins one row of one head, BLOCK_S splits at a time, or merges 
 
 import triton
 import triton.language as tl
-from vllm_accel.kernels.triton.pages import query_span
+from vllm_accel.kernels.triton.pages import query_span, shares_of
 from vllm_accel.kernels.triton.scores import LN2, LOG2E
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "num_splits", "low_q", "high_q", "part_rows"])
+@triton.jit(do_not_specialize=["tokens", "batch", "num_splits", "goal", "most", "low_q", "high_q", "part_rows"])
 def combine_splits(
-    part_ptr, cu_seqlens, sinks, out_ptr, lse_ptr,
-    tokens, batch, num_heads, num_splits, low_q, high_q, part_rows,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, SEARCH: tl.constexpr, SINKS: tl.constexpr,
+    part_ptr, cu_seqlens, seqused_k, sinks, out_ptr, lse_ptr,
+    tokens, batch, num_heads, num_splits, goal, most, low_q, high_q, part_rows,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, SEARCH: tl.constexpr, SPREAD: tl.constexpr,
+    SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one row of `paged_attention` or `mla_attention` (arguments as there).
 
@@ -28,22 +29,30 @@ def combine_splits(
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
+    at = row.to(tl.int64) * num_heads + head
+    stride = part_rows.to(tl.int64) * num_heads
     if SEARCH:
         token = row
-        if token >= tl.load(cu_seqlens + batch):
-            return
+        mine = token < tl.load(cu_seqlens + batch)
     else:
         sequence = row // high_q
         first, len_q = query_span(cu_seqlens, sequence, batch, tokens)
         t = row % high_q
-        if (t >= len_q) | (len_q < low_q) | (len_q > high_q):
-            return
+        mine = (t < len_q) & (len_q >= low_q) & (len_q <= high_q)
         token = first + t
+    part_lse = part_ptr + num_splits * stride * DV
+    if SPREAD:
+        share, num_splits = shares_of(sequence, seqused_k, batch, most, goal)
+        mine = mine & (num_splits > 1)  # of one share, whoever computed it wrote the result
+        at = share * stride + t * num_heads + head
+    if PDL:  # noqa: SIM102
+        # One program waits in any case: this launch must not end before the one that it may overlap.
+        if mine | (row + head == 0):
+            tl.extra.cuda.gdc_wait()
+    if not mine:
+        return
     columns = tl.arange(0, BLOCK_DV)
     splits = tl.arange(0, BLOCK_S)
-    stride = part_rows.to(tl.int64) * num_heads
-    part_lse = part_ptr + num_splits * stride * DV
-    at = row.to(tl.int64) * num_heads + head
     top = float("-inf")
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2E

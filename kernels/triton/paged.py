@@ -17,13 +17,14 @@ from vllm_accel.kernels.triton.pages import (
     BITS_SCALE,
     add_sink,
     find_sequence,
+    find_share,
     finish,
+    halves,
     key_count,
     online,
     pages_of,
     query_span,
     row_power,
-    shares,
     split_range,
     tokens_in,
     widen,
@@ -35,19 +36,22 @@ from vllm_accel.kernels.triton.scores import LN2, LOG2E, factor, keys_of_rows, l
 
 @triton.jit
 def _attend(
-    begin, end, acc, m, l, q, power, k_head, v_head, table, rows, len_q, len_k, scale, softcap, slope, left, right,
+    begin, end, acc, odd, m, l, q, power, k_head, v_head, table, rows, len_q, len_k, scale, softcap, slope, left, right,
     num_blocks, stride_kb, stride_ks, stride_vb, stride_vs,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, MASKED: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr, BITS: tl.constexpr,
-    NORM: tl.constexpr,
+    NORM: tl.constexpr, PAIRS: tl.constexpr, E5M2: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Let the rows attend to the keys [begin, end), in steps of BLOCK_N from a multiple of it.
 
     Keys from `end` on are read as 0, not only masked: what lies there may be NaN, and 0 * NaN is NaN.
+    With PAIRS acc has the even channels and odd the others; else odd is not used.
     """
+    WIDTH: tl.constexpr = DV // 2 if PAIRS else DV
+    BLOCK_W: tl.constexpr = BLOCK_DV // 2 if PAIRS else BLOCK_DV
     columns = tl.arange(0, BLOCK_D)
-    columns_v = tl.arange(0, BLOCK_DV)
+    columns_v = tl.arange(0, BLOCK_W)
     exponent = factor(scale, FOLD)
     # A page is looked up one step ahead: the load of a key then waits for no other load of its step.
     page = pages_of(begin, end, table, num_blocks, PAGE, BLOCK_N)
@@ -60,7 +64,7 @@ def _attend(
             k = tl.load(at[:, None] + columns[None, :])
         at = tokens_in(v_head, page, start, stride_vb, stride_vs, PAGE, BLOCK_N)
         if MASKED or DV != BLOCK_DV:
-            v = tl.load(at[:, None] + columns_v[None, :], mask=within(n < end, columns_v, DV, BLOCK_DV), other=0.0)
+            v = tl.load(at[:, None] + columns_v[None, :], mask=within(n < end, columns_v, WIDTH, BLOCK_W), other=0.0)
         else:
             v = tl.load(at[:, None] + columns_v[None, :])
         page = pages_of(start + BLOCK_N, end, table, num_blocks, PAGE, BLOCK_N)
@@ -72,29 +76,35 @@ def _attend(
             FOLD, SOFTCAP, ALIBI, 0, False, PRECISE, LEFT, RIGHT, MASKED,
         )  # fmt: skip
         p, rescale, m, l = online(s, m, l, exponent)
-        acc = tl.dot(p.to(q.dtype), widen(v, q.dtype, BITS), acc * rescale[:, None], input_precision=PRECISION)
-    return acc, m, l
+        p = p.to(q.dtype)
+        if PAIRS:
+            v, high = halves(v, E5M2, ASM)
+            odd = tl.dot(p, high, odd * rescale[:, None], input_precision=PRECISION)
+        acc = tl.dot(p, widen(v, q.dtype, BITS), acc * rescale[:, None], input_precision=PRECISION)
+    return acc, odd, m, l
 
 
 @triton.jit(
     do_not_specialize=[
-        "left", "right", "tokens", "batch", "max_blocks", "num_blocks", "num_splits", "goal", "tiles", "low_q",
-        "high_q", "part_rows",
+        "left", "right", "tokens", "batch", "max_blocks", "num_blocks", "num_splits", "goal", "most", "tiles",
+        "low_q", "high_q", "part_rows",
     ]
 )  # fmt: skip
 def paged_attention(
     q_ptr, k_ptr, v_ptr, cu_seqlens, block_table, seqused_k, out_ptr, lse_ptr, part_ptr,
     slopes, sinks, q_descale, k_descale, v_descale,
     scale, softcap,
-    left, right, tokens, batch, num_blocks, max_blocks, num_kv_heads, num_splits, goal, tiles, low_q, high_q,
-    part_rows, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_tb,
+    left, right, tokens, batch, num_blocks, max_blocks, num_kv_heads, num_splits, goal, most, tiles, low_q,
+    high_q, part_rows,
+    stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_tb,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SEARCH: tl.constexpr, SPLIT: tl.constexpr, FIXED: tl.constexpr, PEEL: tl.constexpr,
+    SEARCH: tl.constexpr, SPLIT: tl.constexpr, SPREAD: tl.constexpr, FIXED: tl.constexpr, PEEL: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
     Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
     ROPE: tl.constexpr, BLOCK_R: tl.constexpr, FOLD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
-    BITS: tl.constexpr, Q_BITS: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr,
+    BITS: tl.constexpr, Q_BITS: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr,
+    E5M2: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of rows over one split of one sequence's keys, for one key head.
 
@@ -104,40 +114,50 @@ def paged_attention(
         out_ptr: (tokens, num_heads, DV), lse_ptr: (num_heads, tokens), both contiguous; written where SPLIT is off, and
             for the rows past the last sequence. lse_ptr may be None.
         part_ptr: with SPLIT, fp32 (num_splits, part_rows, num_heads, DV) normalised sums, then as many rows of base-2
-            log-sum-exps. A row is a token of the batch with SEARCH; else token t of sequence b is row b * high_q + t.
+            log-sum-exps. A row is a token of the batch with SEARCH, of the sequence with SPREAD; else token t of
+            sequence b is row b * high_q + t.
         slopes: (num_heads,) with ALIBI 1, (batch, num_heads) with ALIBI 2, fp32. sinks: (num_heads,).
         q_descale, k_descale, v_descale: fp32, with dimensions as Q_DESCALE and so on say (`per_head`), -1 for none.
-        num_splits, goal: splits of each sequence in the launch, and how many a mean one gets (`shares`).
+        num_splits: splits of each sequence in the launch; with SPREAD shares of all (`pages.find_share`), of which a
+            mean sequence has `goal`, and most keys of each count. What one share computes alone is no partial result.
         low_q, high_q: only sequences of so many query tokens are computed (the others are another launch's).
         tiles: with SEARCH the regions of the batch, in which a program finds its sequence; else tiles of rows of each
             sequence, of which none has more than high_q tokens.
         PEEL: keys that every row sees have a loop of their own.
         ROPE: for MLA, where keys have so many more channels than values and k_ptr holds both: D is then DV.
         BITS, Q_BITS: the caches, or q, are bytes of e4m3. NORM: q gives up its exponents (`row_power`).
-        DTYPE: of the products.
+        DTYPE: of the products. PAIRS, ASM: values of 8 bits, e4m3 or E5M2, are read in pairs (`pages.halves`).
+        PDL: `combine_splits` may be launched meanwhile, and waits.
     """
-    # Splits run slowest: those that a sequence turns out not to need (`shares`) come last, when places are free.
+    if PDL == 1:
+        tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0)
     kv_head = index % num_kv_heads
     index = index // num_kv_heads
     tile = index % tiles
     index = index // tiles
     num_heads = num_kv_heads * GROUP
+    count = num_splits
     if SEARCH:
         split = index
         # The last tiles of a causal sequence have most to do: they go first.
         sequence, tile = find_sequence(tiles - 1 - tile, cu_seqlens, batch, tokens, GROUP, BLOCK_M)
+    elif SPREAD:
+        sequence, split, count = find_share(index, seqused_k, batch, most, goal)
+        if (sequence == batch) & (index < num_splits):
+            return
     else:
-        sequences = tl.num_programs(0) // (num_kv_heads * tiles * num_splits)
-        sequence = index % sequences
-        split = index // sequences
+        sequence = index % batch
+        split = index // batch
+        sequence = tl.where(split == num_splits, batch, sequence)
     first, len_q = query_span(cu_seqlens, sequence, batch, tokens)
     if sequence == batch:
-        mine = tiles  # programs of a split that have these rows
+        at, programs = tile, tiles  # of those that have these rows
         if SEARCH:
-            mine = tiles - (first * GROUP // BLOCK_M + batch)
-        share, count = split * mine + tile, num_splits * mine
-        zero_rows(out_ptr, lse_ptr, share, count, first, tokens, num_heads, kv_head, GROUP, DV, BLOCK_DV)
+            programs = tiles - (first * GROUP // BLOCK_M + batch)
+            at += split * programs
+            programs *= num_splits
+        zero_rows(out_ptr, lse_ptr, at, programs, first, tokens, num_heads, kv_head, GROUP, DV, BLOCK_DV)
         return
     if (tile * BLOCK_M >= len_q * GROUP) | (len_q < low_q) | (len_q > high_q):
         return
@@ -151,14 +171,17 @@ def paged_attention(
     low, inner, outer, high = keys_of_rows(
         tile * BLOCK_M // GROUP, len_q, len_k, left, right, SPAN, BLOCK_N, LEFT, RIGHT
     )
+    alone = count == 1 if SPREAD else not SPLIT  # nothing to join
     if SPLIT:
-        most = left + right + len_q if LEFT else 0x7FFFFFFF
-        count = shares(seqused_k, high - low, batch, most, goal, num_splits)
         begin, end = split_range(low, high, split, num_splits, count, FIXED, BLOCK_N)
-        row = (first if SEARCH else sequence * high_q) + rows
+        row = rows
+        if SPREAD:
+            split = index
+        else:
+            row += first if SEARCH else sequence * high_q
         part = (split.to(tl.int64) * part_rows + row) * num_heads + heads
         part_lse = part_ptr + num_splits.to(tl.int64) * part_rows * num_heads * DV
-        if begin >= end:
+        if (begin >= end) & (not alone):
             tl.store(part_lse + part, float("-inf"), mask=live)
             return
     else:
@@ -197,7 +220,14 @@ def paged_attention(
     v_head = v_ptr + kv_head.to(tl.int64) * stride_vh
     table = block_table + sequence.to(tl.int64) * stride_tb
 
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    WIDTH: tl.constexpr = BLOCK_DV // 2 if PAIRS else BLOCK_DV
+    acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    odd = 0.0
+    if PAIRS:
+        v_head = v_head.to(tl.pointer_type(tl.uint16), bitcast=True)
+        stride_vb //= 2
+        stride_vs //= 2
+        odd = acc
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     if ROPE > 0:
@@ -209,44 +239,49 @@ def paged_attention(
     else:
         # Keys that every row sees have a loop of their own, without masks; a short loop is better left in one piece.
         if PEEL and LEFT:
-            acc, m, l = _attend(
-                begin, tl.minimum(end, inner), acc, m, l, q, power, k_head, v_head, table, rows, len_q, len_k,
+            acc, odd, m, l = _attend(
+                begin, tl.minimum(end, inner), acc, odd, m, l, q, power, k_head, v_head, table, rows, len_q, len_k,
                 scale, softcap, slope, left, right, num_blocks, stride_kb, stride_ks, stride_vb, stride_vs,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE, FOLD, SOFTCAP, ALIBI, LEFT, RIGHT, True, PRECISE, PRECISION,
-                BITS, NORM,
+                BITS, NORM, PAIRS, E5M2, ASM,
             )  # fmt: skip
             begin = tl.maximum(begin, inner)
         if PEEL:
-            acc, m, l = _attend(
-                begin, tl.minimum(end, outer), acc, m, l, q, power, k_head, v_head, table, rows, len_q, len_k,
+            acc, odd, m, l = _attend(
+                begin, tl.minimum(end, outer), acc, odd, m, l, q, power, k_head, v_head, table, rows, len_q, len_k,
                 scale, softcap, slope, left, right, num_blocks, stride_kb, stride_ks, stride_vb, stride_vs,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE, FOLD, SOFTCAP, ALIBI, LEFT, RIGHT, False, PRECISE, PRECISION,
-                BITS, NORM,
+                BITS, NORM, PAIRS, E5M2, ASM,
             )  # fmt: skip
             begin = tl.maximum(begin, outer)
-        acc, m, l = _attend(
-            begin, end, acc, m, l, q, power, k_head, v_head, table, rows, len_q, len_k,
+        acc, odd, m, l = _attend(
+            begin, end, acc, odd, m, l, q, power, k_head, v_head, table, rows, len_q, len_k,
             scale, softcap, slope, left, right, num_blocks, stride_kb, stride_ks, stride_vb, stride_vs,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE, FOLD, SOFTCAP, ALIBI, LEFT, RIGHT, True, PRECISE, PRECISION,
-            BITS, NORM,
+            BITS, NORM, PAIRS, E5M2, ASM,
         )  # fmt: skip
+        if PAIRS:
+            acc = tl.interleave(acc, odd)
 
     if BITS:
         acc *= BITS_SCALE
     if V_DESCALE >= 0:
         acc *= per_head(v_descale, sequence, kv_head, num_kv_heads, V_DESCALE)
-    if SINKS and not SPLIT:
-        sink = tl.load(sinks + heads, mask=live, other=0.0).to(tl.float32) * LOG2E
+    if SINKS and (SPREAD or not SPLIT):
+        sink = tl.load(sinks + heads, mask=live & alone, other=float("-inf")).to(tl.float32) * LOG2E
         rescale, m, l = add_sink(m, l, sink)
         acc *= rescale[:, None]
+    if PDL == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     acc, total = finish(acc, m, l)
     columns_v = tl.arange(0, BLOCK_DV)
     inside = within(live, columns_v, DV, BLOCK_DV)
     if SPLIT:
-        tl.store(part_ptr + part[:, None] * DV + columns_v[None, :], acc, mask=inside)
-        tl.store(part_lse + part, total, mask=live)
-    else:
+        tl.store(part_ptr + part[:, None] * DV + columns_v[None, :], acc, mask=inside & (not alone))
+        tl.store(part_lse + part, total, mask=live & (not alone))
+    if SPREAD or not SPLIT:
         at = (first + rows).to(tl.int64) * num_heads + heads
-        tl.store(out_ptr + at[:, None] * DV + columns_v[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+        value = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at[:, None] * DV + columns_v[None, :], value, mask=inside & alone)
         if lse_ptr is not None:
-            tl.store(lse_ptr + heads.to(tl.int64) * tokens + (first + rows), total * LN2, mask=live)
+            tl.store(lse_ptr + heads.to(tl.int64) * tokens + (first + rows), total * LN2, mask=live & alone)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+import triton
 import triton.language as tl
 from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
 from vllm_accel.kernels.triton.combine import combine_splits
@@ -49,23 +52,54 @@ def contiguous(options: Options) -> Options:
     return alibi, sinks, q, k, v
 
 
+#: False under the interpreter, which knows neither PTX nor launches that overlap.
+_COMPILED = isinstance(paged_attention, triton.runtime.JITFunction)
+
+
+class Chip(NamedTuple):
+    """What a chip can do beyond what every chip can.
+
+    Attributes:
+        native_e4m3: convert e4m3; else the kernel does (q and caches may be uint8 views or e4m3).
+        pairs: convert two FP8 numbers of a 16-bit integer (`pages.halves`): NVIDIA's from compute capability 8.9 on.
+        pdl: launch a kernel before the one that it waits for has ended (programmatic dependent launch): from 9.0 on.
+    """
+
+    native_e4m3: bool = True
+    pairs: bool = False
+    pdl: int = 0
+
+
+def chip_of(arch: str) -> Chip:
+    """Return what a chip can do, by its architecture ("sm_90", "gfx942", "" for others)."""
+    if not arch.startswith("sm_"):
+        return Chip()
+    number = int(arch[3:])
+    return Chip(number >= 89, number >= 89, 2 if number >= 90 and _COMPILED else 0)
+
+
 def padded(head_dim: int) -> int:
     """Return the width of a tile for a head size: a power of two, at least 16, as `tl.dot` asks."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def choose_tile(
-    arch: str, rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, kv_dtype: torch.dtype, mla: bool
-) -> Tile:
-    """Return the tile for so many rows of a sequence and key head (query tokens times heads that share it)."""
+    arch: str, rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, kv_dtype: torch.dtype, mla: bool,
+    many: bool = False,
+) -> Tile:  # fmt: skip
+    """Return the tile for so many rows of a sequence and key head (query tokens times heads that share it).
+
+    many: there are more programs than the usual tile leaves places for at a time; a smaller one may leave more.
+    """
     height = "m16" if rows <= 16 else "m32" if rows <= 32 else "m64" if rows <= 64 else "prefill"
     size = f"d{max(64, padded(head_dim_v if mla else max(head_dim, head_dim_v)))}"
     kind = "_fp32" if dtype is torch.float32 else "_8bit" if kv_dtype.itemsize == 1 else ""
-    return lookup("mla" if mla else "paged", arch, [f"{height}_{size}{kind}"])
+    name = f"{height}_{size}{kind}"
+    return lookup("mla" if mla else "paged", arch, [f"{name}_many", name] if many else [name])
 
 
-def sizes_of(q: Tensor, v_cache: Tensor, args: PagedArgs) -> Sizes:
-    """Return the exact sizes of a call, that decide how it is cut up."""
+def sizes_of(q: Tensor, v_cache: Tensor, args: PagedArgs, *, mla: bool = False, even: bool = False) -> Sizes:
+    """Return the exact sizes of a call, that decide how it is cut up; even: all sequences have as many keys."""
     left, right = args.window_size
     right = 0 if args.causal else right
     window = left + right + 1 if left >= 0 and right >= 0 else 0
@@ -73,12 +107,13 @@ def sizes_of(q: Tensor, v_cache: Tensor, args: PagedArgs) -> Sizes:
         tokens=q.shape[0], batch=args.seqused_k.shape[0], num_heads=q.shape[1], num_kv_heads=v_cache.shape[2],
         head_dim_v=v_cache.shape[3], max_seqlen_q=args.max_seqlen_q, max_seqlen_k=args.max_seqlen_k, window=window,
         batch_invariant=args.batch_invariant, sinks=args.sinks is not None,
+        row_bytes=(q.shape[2] + (0 if mla else v_cache.shape[3])) * v_cache.dtype.itemsize, even=even,
     )  # fmt: skip
 
 
 def attention_launch(
     work: Work, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor | None, part: Tensor | None,
-    args: PagedArgs, *, mla: bool, native_e4m3: bool, tf32: bool = False, one_block: bool = False,
+    args: PagedArgs, *, chip: Chip, mla: bool, tf32: bool = False, one_block: bool = False,
 ) -> Launch:  # fmt: skip
     """Return the launch that computes out and lse, or partial results where `work` splits.
 
@@ -86,7 +121,7 @@ def attention_launch(
         q, k_cache, v_cache: innermost stride 1, other strides free. With `mla` v_cache is a view of k_cache.
         out: (Tq, H, Dv), contiguous. lse: fp32 (H, Tq), contiguous, or None.
         part: fp32, as many as `splits.scratch` says; None without splits.
-        native_e4m3: the chip converts e4m3; else the kernel does (q and caches may be uint8 views or e4m3).
+        chip: what it can do.
         tf32: products of fp32 inputs may round to TF32.
         one_block: no sequence has more than one block, so that its size need not be compiled in.
     """
@@ -103,27 +138,34 @@ def attention_launch(
     q_dim, k_dim, v_dim = (-1 if d is None else d.dim() for d in descales)
     softcap, alibi = args.softcap != 0.0, 0 if args.alibi_slopes is None else args.alibi_slopes.dim()
     norm = eight_bits and q.dtype is torch.bfloat16
+    product = tl.float16 if norm else _PRODUCTS.get(q.dtype, tl.float16)
+    # 64 rows and more are multiplied from shared memory, which conversions have to pass through in any case.
+    pairs = (
+        chip.pairs and v_cache.dtype in _FP8 and not mla and product is tl.float16 and work.tile.block_m < 64
+        and all(n % 2 == 0 for n in (head_dim_v, *v_cache.stride()[:3]))
+    )  # fmt: skip
     constexprs = {
         "GROUP": heads // kv_heads, "D": head_dim - rope, "DV": head_dim_v, "BLOCK_D": padded(head_dim - rope),
         "BLOCK_DV": padded(head_dim_v), "PAGE": page, "BLOCK_M": work.tile.block_m, "BLOCK_N": work.tile.block_n,
-        "SEARCH": work.search, "SPLIT": work.split, "FIXED": work.fixed, "PEEL": work.search and not work.split,
+        "SEARCH": work.search, "SPLIT": work.split, "SPREAD": work.goal > 0, "FIXED": work.fixed,
+        "PEEL": work.search and not work.split,
         "LEFT": left >= 0, "RIGHT": looks_right, "SOFTCAP": softcap, "ALIBI": alibi, "SINKS": args.sinks is not None,
         "Q_DESCALE": q_dim, "K_DESCALE": k_dim, "V_DESCALE": v_dim, "ROPE": rope, "BLOCK_R": padded(max(rope, 1)),
         "FOLD": folds(softcap, alibi != 0, 0, q_dim >= 0 or k_dim >= 0), "PRECISE": q.dtype is torch.float32,
-        "PRECISION": "tf32" if tf32 else "ieee", "BITS": k_cache.dtype is _E4M3 and not native_e4m3,
-        "Q_BITS": q.dtype is _E4M3 and not native_e4m3, "NORM": norm,
-        "DTYPE": tl.float16 if norm else _PRODUCTS.get(q.dtype, tl.float16),
+        "PRECISION": "tf32" if tf32 else "ieee", "BITS": k_cache.dtype is _E4M3 and not chip.native_e4m3,
+        "Q_BITS": q.dtype is _E4M3 and not chip.native_e4m3, "NORM": norm,
+        "DTYPE": product, "PAIRS": pairs, "E5M2": v_cache.dtype is torch.float8_e5m2, "ASM": _COMPILED,
+        "PDL": chip.pdl if work.split else 0,
     }  # fmt: skip
     tokens, batch = q.shape[0], args.seqused_k.shape[0]
-    sequences = 1 if work.search else batch + work.tail
     return Launch(
         fn=paged_attention,
-        grid=(work.tiles * work.num_splits * kv_heads * sequences, 1, 1),
+        grid=(work.tiles * work.parts(batch) * kv_heads, 1, 1),
         args=(
-            *attention_tensors(q, k_cache, v_cache, out, lse, part, where_of(args), options_of(args), native_e4m3),
+            *attention_tensors(q, k_cache, v_cache, out, lse, part, where_of(args), options_of(args), chip.native_e4m3),
             args.softmax_scale, args.softcap, max(left, 0), max(right, 0), tokens, batch, num_blocks,
-            args.block_table.shape[1], kv_heads, work.num_splits, work.goal, work.tiles, work.low_q, work.high_q,
-            work.part_rows,
+            args.block_table.shape[1], kv_heads, work.num_splits, work.goal, _most(work, args), work.tiles,
+            work.low_q, work.high_q, work.part_rows,
             *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], args.block_table.stride(0),
         ),
         constexprs=constexprs,
@@ -143,30 +185,40 @@ def attention_tensors(
     return (q, k_cache, v_cache, *where, out, lse, part, *options)
 
 
-def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs) -> Launch:
+def _most(work: Work, args: PagedArgs) -> int:
+    """Return how many keys of a sequence count when keys are shared out: more than a window shows do not."""
+    left, right = args.window_size
+    right = 0 if args.causal or right < 0 else right
+    return min(left + right + work.high_q, 2**31 - 1) if left >= 0 else 2**31 - 1
+
+
+def combine_launch(
+    work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs, *, pdl: int = 0
+) -> Launch:
     """Return the launch that joins the partial results of `attention_launch`."""
     tokens, heads, head_dim_v = out.shape
-    together = _JOINED
-    if not work.fixed:
+    batch, together = args.seqused_k.shape[0], _JOINED
+    if not (work.fixed or work.goal):
         together = max(_JOINED, min(1 << (work.num_splits - 1).bit_length(), _JOINED_FLOATS // padded(head_dim_v)))
     return Launch(
         fn=combine_splits,
-        grid=(tokens if work.search else work.part_rows, heads, 1),
+        grid=(tokens if work.search else batch * work.high_q, heads, 1),
         args=(
-            *combine_tensors(out, lse, part, args.cu_seqlens_q, args.sinks), tokens, args.seqused_k.shape[0], heads,
-            work.num_splits, work.low_q, work.high_q, work.part_rows,
+            *combine_tensors(out, lse, part, where_of(args), args.sinks), tokens, batch, heads, work.num_splits,
+            work.goal, _most(work, args), work.low_q, work.high_q, work.part_rows,
         ),
         constexprs={
             "DV": head_dim_v, "BLOCK_DV": padded(head_dim_v), "BLOCK_S": together, "SEARCH": work.search,
-            "SINKS": args.sinks is not None,
+            "SPREAD": work.goal > 0, "SINKS": args.sinks is not None, "PDL": bool(pdl),
         },
         num_warps=4,
         num_stages=2,
+        pdl=bool(pdl),
     )  # fmt: skip
 
 
 def combine_tensors(
-    out: Tensor, lse: Tensor | None, part: Tensor, cu_seqlens_q: Tensor, sinks: Tensor | None
+    out: Tensor, lse: Tensor | None, part: Tensor, where: Where, sinks: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Return the tensors of `combine_launch`, in the kernel's order."""
-    return (part, cu_seqlens_q, sinks, out, lse)
+    return (part, where[0], where[2], sinks, out, lse)

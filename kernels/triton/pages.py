@@ -50,26 +50,60 @@ def key_count(seqused_k, sequence, batch, max_blocks, PAGE: tl.constexpr):
 
 
 @triton.jit
-def shares(seqused_k, keys, batch, most, goal, num_splits):
-    """Return into how many splits of a launch that has num_splits of each a sequence with `keys` keys is really cut.
+def fair_share(seqused_k, batch, most, goal):
+    """Return how many keys make a share: with as many of each, a mean sequence has `goal`.
 
-    With `goal` splits of a sequence the launch would fill the GPU if all were equally long. They are not: a share is
-    ``1 / goal`` of the mean length, and a sequence gets as many as it has, rounded. So one long sequence among short
-    ones is not left with a few programs that go on when everything else is done. goal 0: as many as there are.
+    Lengths differ, and a launch ends with its longest program: so not sequences are cut into equally many parts, but
+    all keys of the batch into equally long ones. No more than ``batch * (goal + 1)`` come of it (`shares`).
 
     Args:
         most: keys of a sequence that count, where a window hides the others.
     """
-    count = num_splits
-    if goal > 0:
-        total = 0.0
-        for b in range(0, batch, 128):
-            others = b + tl.arange(0, 128)
-            used = tl.load(seqused_k + others, mask=others < batch, other=0)
-            total += tl.sum(tl.minimum(tl.maximum(used, 0), most).to(tl.float32), 0)
-        share = tl.maximum(total / (batch * goal), 1.0)
-        count = tl.minimum(num_splits, (keys / share + 0.5).to(tl.int32))
-    return tl.maximum(count, 1)
+    total = 0.0
+    for b in range(0, batch, 128):
+        others = b + tl.arange(0, 128)
+        used = tl.load(seqused_k + others, mask=others < batch, other=0)
+        total += tl.sum(tl.minimum(tl.maximum(used, 0), most).to(tl.float32), 0)
+    return tl.maximum(total / (batch * goal), 1.0)
+
+
+@triton.jit
+def shares(used, most, share):
+    """Return into how many shares sequences of so many keys are cut: as many as they have, rounded, at least one."""
+    keys = tl.minimum(tl.maximum(used, 0), most).to(tl.float32)
+    return tl.maximum((keys / share + 0.5).to(tl.int32), 1)
+
+
+@triton.jit
+def find_share(index, seqused_k, batch, most, goal):
+    """Return (sequence, which share of it, how many it has) of a share of a batch; sequence `batch` past the last."""
+    share = fair_share(seqused_k, batch, most, goal)
+    sequence = 0
+    first = 0
+    before = 0
+    for b in range(0, batch, 128):
+        others = b + tl.arange(0, 128)
+        inside = others < batch
+        used = tl.load(seqused_k + others, mask=inside, other=0)
+        ends = before + tl.cumsum(tl.where(inside, shares(used, most, share), 0), 0)
+        over = inside & (ends <= index)
+        sequence += tl.sum(over.to(tl.int32), 0)
+        first = tl.maximum(first, tl.max(tl.where(over, ends, 0), 0))
+        before = tl.max(ends, 0)
+    used = tl.load(seqused_k + sequence, mask=sequence < batch, other=0)
+    return sequence, index - first, shares(used, most, share)
+
+
+@triton.jit
+def shares_of(sequence, seqused_k, batch, most, goal):
+    """Return (the first of the shares of a sequence, how many it has)."""
+    share = fair_share(seqused_k, batch, most, goal)
+    first = 0
+    for b in range(0, sequence, 128):
+        others = b + tl.arange(0, 128)
+        used = tl.load(seqused_k + others, mask=others < sequence, other=0)
+        first += tl.sum(tl.where(others < sequence, shares(used, most, share), 0), 0)
+    return first, shares(tl.load(seqused_k + sequence), most, share)
 
 
 @triton.jit
@@ -165,6 +199,32 @@ def widen(x, DTYPE: tl.constexpr, BITS: tl.constexpr):
         return tl.where(low == 0x7F, float("nan"), half).to(DTYPE)
     else:
         return x.to(DTYPE)
+
+
+#: Of two integers of 16 bits, $2: the low bytes become $0, the high ones $1. An e5m2 is the upper half of a float16.
+_E4M3_HALVES: tl.constexpr = tl.constexpr(
+    "{ .reg .b32 a; .reg .b16 b, c; prmt.b32 a, $2, 0, 0x3120; mov.b32 {b, c}, a; "
+    "cvt.rn.f16x2.e4m3x2 $0, b; cvt.rn.f16x2.e4m3x2 $1, c; }"
+)
+_E5M2_HALVES: tl.constexpr = tl.constexpr("prmt.b32 $0, $2, 0, 0x2404; prmt.b32 $1, $2, 0, 0x3414;")
+
+
+@triton.jit
+def halves(x, E5M2: tl.constexpr, ASM: tl.constexpr):
+    """Return the low and the high bytes of 16-bit integers, two neighbouring FP8 numbers each, as two float16 tiles.
+
+    An operand of a product whose rows are not its columns can be read from shared memory 16 bits at a time in one
+    instruction for many, but single bytes only one by one. ASM: the same in a fourth of the instructions.
+    """
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _E5M2_HALVES if E5M2 else _E4M3_HALVES, "=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        kind: tl.constexpr = tl.float8e5 if E5M2 else tl.float8e4nv
+        low = (x & 0xFF).to(tl.uint8).to(kind, bitcast=True).to(tl.float16)
+        high = (x >> 8).to(tl.uint8).to(kind, bitcast=True).to(tl.float16)
+        return low, high
 
 
 #: What `widen` leaves to be multiplied by, with BITS.

@@ -18,8 +18,11 @@ DECODE_TOKENS = 8
 MIN_SPLIT = 256
 #: Splits of one launch at most: 64k keys and one key head still fill half of an H200's 4 * 132 places.
 MAX_SPLITS = 256
-#: A sequence may get so many times the splits of a mean one. Programs without keys end at once, and are launched last.
-UNEVEN = 4
+#: Bytes that a multiprocessor has to have on their way before the memory is busy. On an H200 one program with 64 KiB
+#: reaches 73 % of what two reach, and three are no faster (16 sequences of 16k keys, 2026-11-30).
+IN_FLIGHT = 128 * 1024
+#: Shared memory of a decode program beside its stages: q, the reductions, and what the device keeps.
+_BESIDE = 7 * 1024
 #: Keys of a split where nothing about the batch may change a sum. Compiled, not timed.
 INVARIANT_SPLIT = 1024
 #: Any number of query tokens.
@@ -27,7 +30,12 @@ UNLIMITED = 2**31 - 1
 
 
 class Sizes(NamedTuple):
-    """The exact sizes of a paged call. `window` is the most keys that one query sees, 0 for all."""
+    """The exact sizes of a paged call.
+
+    Attributes:
+        window: the most keys that one query sees, 0 for all.
+        row_bytes: of a key and its value. even: every sequence has max_seqlen_k keys.
+    """
 
     tokens: int
     batch: int
@@ -39,6 +47,15 @@ class Sizes(NamedTuple):
     window: int
     batch_invariant: bool
     sinks: bool
+    row_bytes: int = 512
+    even: bool = False
+
+
+class Gpu(NamedTuple):
+    """What decides how many programs a GPU runs at a time: multiprocessors, and the shared memory of each."""
+
+    sm_count: int
+    shared: int = 227 * 1024
 
 
 class Work(NamedTuple):
@@ -48,8 +65,9 @@ class Work(NamedTuple):
         search: programs find their sequence (prefill); else the launch has `tiles` per sequence (decode).
         tiles: tiles of rows of one sequence, with `search` regions of the batch.
         low_q, high_q: sequences with so many query tokens are computed.
-        num_splits, fixed: see `pages.split_range`. goal: see `pages.shares`. split: results are partial.
-        part_rows: rows of the partial results of one split.
+        num_splits, fixed: see `pages.split_range`. split: results may be partial.
+        goal: shares of a mean sequence (`pages.find_share`), num_splits then those of the batch; 0: see num_splits.
+        part_rows: rows of the partial results of one split (or share).
         tail: it also writes the rows past the last sequence.
     """
 
@@ -65,68 +83,93 @@ class Work(NamedTuple):
     part_rows: int
     tail: bool
 
+    def parts(self, batch: int) -> int:
+        """Return how many programs there are for each tile and key head."""
+        if self.search:
+            return self.num_splits
+        return (self.num_splits if self.goal else self.num_splits * batch) + self.tail
 
-def choose_splits(blocks: int, places: int, keys: int, most: int = MAX_SPLITS) -> int:
-    """Return how many splits give a launch of `blocks` programs a good fill of a GPU that runs `places` at a time.
 
-    The smallest number within 85 % of the best fill of the last wave (FlashAttention's rule), of at least MIN_SPLIT
-    keys each: more splits mean more partial results to write and join. From four waves on, none.
+class Places(NamedTuple):
+    """How many programs a GPU runs at a time, and how many keep its memory busy."""
+
+    all: int
+    busy: int
+
+
+def places(tile: Tile, row_bytes: int, gpu: Gpu) -> Places:
+    """Return the places for programs of a tile.
+
+    As many as share a multiprocessor by shared memory, and by registers, of which decode tiles take 128 a thread and
+    more (tests/test_triton_paged_compile.py checks how many share one): at most 16 warps.
+    """
+    ahead = max(1, tile.num_stages - 1) * tile.block_n * row_bytes
+    resident = max(1, min(16 // tile.num_warps, gpu.shared // (ahead + _BESIDE)))
+    return Places(gpu.sm_count * resident, gpu.sm_count * min(resident, -(-IN_FLIGHT // ahead)))
+
+
+def choose_splits(blocks: int, room: Places, keys: int, most: int = MAX_SPLITS) -> int:
+    """Return how many splits suit a launch of `blocks` programs.
+
+    Programs run in waves of `room.all`; the last one takes as long as one of `room.busy` where it has fewer, since each
+    program waits for memory most of the time. Of the numbers with at least MIN_SPLIT keys a split that come within 10 %
+    of the shortest time the smallest is taken: more splits mean more partial results to write and join. From four waves
+    on, none.
     """
     most = min(most, -(-keys // MIN_SPLIT))
-    if most <= 1 or blocks >= 4 * places:
+    if most <= 1 or blocks >= 4 * room.all:
         return 1
 
-    def fill(splits: int) -> float:
-        return blocks * splits / (-(-blocks * splits // places) * places)
+    def spent(splits: int) -> float:
+        waves, rest = divmod(blocks * splits, room.all)
+        return (waves * room.all + (max(rest, room.busy) if rest else 0)) / (blocks * splits)
 
-    enough = 0.85 * max(map(fill, range(1, most + 1)))
-    return next(n for n in range(1, most + 1) if fill(n) >= enough)
-
-
-def resident(tile: Tile) -> int:
-    """Return how many programs a multiprocessor is taken to run at a time: 16 warps' worth.
-
-    What the decode tiles are made for (128 registers a thread; tests/test_triton_paged_compile.py checks it).
-    """
-    return max(1, 16 // tile.num_warps)
+    enough = min(map(spent, range(1, most + 1))) / 0.95
+    return next(n for n in range(1, most + 1) if spent(n) <= enough)
 
 
-def plan_work(sizes: Sizes, tile_for: Callable[[int], Tile], sm_count: int, num_splits: int = 0) -> tuple[Work, ...]:
+def plan_work(sizes: Sizes, tile_for: Callable[[int, bool], Tile], gpu: Gpu, num_splits: int = 0) -> tuple[Work, ...]:
     """Return the launches of a call.
 
     Args:
-        tile_for: the tile for so many rows of a sequence and key head (query tokens times heads of a group).
-        sm_count: multiprocessors of the device.
+        tile_for: the tile for so many rows of a sequence and key head (query tokens times heads of a group), and where
+            there are more programs than the first one leaves places for.
         num_splits: forced for the launches that may split; 0 chooses.
     """
     group = sizes.num_heads // sizes.num_kv_heads
     if sizes.max_seqlen_q <= DECODE_TOKENS:
-        return (_decode(sizes, group, tile_for, sm_count, num_splits, tail=True),)
-    tile = tile_for(UNLIMITED)
+        return (_decode(sizes, group, tile_for, gpu, num_splits, tail=True),)
+    tile = tile_for(UNLIMITED, False)
     tiles = sizes.tokens * group // tile.block_m + sizes.batch + 1
     # Regions, of which about one a sequence is empty (`pages.find_sequence`).
     blocks = -(-sizes.tokens * group // tile.block_m) * sizes.num_kv_heads
-    places = sm_count * resident(tile)
+    room = places(tile, sizes.row_bytes, gpu)
     everything = Work(tile, True, tiles, 0, UNLIMITED, 1, 0, 0, False, sizes.tokens, True)
     if not sizes.batch_invariant:
         # Few tiles: one launch, with splits for long and short queries alike.
-        splits = num_splits or (choose_splits(blocks, places, _keys(sizes)) if 5 * blocks < 4 * places else 1)
+        splits = num_splits or (choose_splits(blocks, room, _keys(sizes)) if 5 * blocks < 4 * room.all else 1)
         # Nor another launch where no sequence can be as short as a decode, unless q has rows past the last one; then
         # that sequence is only slower. (Not with batch_invariant: the launch decides how it is summed.)
         long_only = sizes.tokens > (sizes.batch - 1) * sizes.max_seqlen_q + DECODE_TOKENS
         if splits > 1 or sizes.batch == 1 or long_only:
             return (everything._replace(num_splits=splits, split=splits > 1),)
-    decode = _decode(sizes, group, tile_for, sm_count, num_splits, tail=False)
+    decode = _decode(sizes, group, tile_for, gpu, num_splits, tail=False)
     return everything._replace(low_q=DECODE_TOKENS + 1), decode
 
 
 def _decode(
-    sizes: Sizes, group: int, tile_for: Callable[[int], Tile], sm_count: int, num_splits: int, tail: bool
+    sizes: Sizes, group: int, tile_for: Callable[[int, bool], Tile], gpu: Gpu, num_splits: int, tail: bool
 ) -> Work:
     """Return the launch for sequences of at most DECODE_TOKENS query tokens."""
     most = min(sizes.max_seqlen_q, DECODE_TOKENS)
     # The tile must not depend on the batch's longest query where a sequence's bits may not.
-    tile = tile_for(1 if sizes.batch_invariant else most * group)
+    rows = 1 if sizes.batch_invariant else most * group
+    tile = tile_for(rows, False)
+    blocks = -(-most * group // tile.block_m) * sizes.batch * sizes.num_kv_heads
+    room = places(tile, sizes.row_bytes, gpu)
+    if blocks > room.all and not sizes.batch_invariant:
+        tile = tile_for(rows, True)
+        room = places(tile, sizes.row_bytes, gpu)
     tiles = -(-most * group // tile.block_m)
     fixed = INVARIANT_SPLIT if sizes.batch_invariant else 0
     goal = 0
@@ -134,12 +177,13 @@ def _decode(
         num_splits = max(1, -(-sizes.max_seqlen_k // fixed))
     elif not num_splits:
         blocks = tiles * sizes.batch * sizes.num_kv_heads
-        num_splits = choose_splits(blocks, sm_count * resident(tile), _keys(sizes))
-        if num_splits > 1 and sizes.batch > 1:
-            goal, num_splits = num_splits, min(UNEVEN * num_splits, MAX_SPLITS, -(-_keys(sizes) // MIN_SPLIT))
+        num_splits = choose_splits(blocks, room, _keys(sizes))
+        # Where lengths may differ, a long sequence may need shares though the mean one does not.
+        if sizes.batch > 1 and not sizes.even and blocks < 4 * room.all and _keys(sizes) > 2 * MIN_SPLIT:
+            goal, num_splits = num_splits, sizes.batch * (num_splits + 1)
     # A sink is added where splits are joined, or with one split in the kernel: equal numbers, but not equal bits.
     split = num_splits > 1 or bool(fixed and sizes.sinks)
-    return Work(tile, False, tiles, 0, most, num_splits, goal, fixed, split, sizes.batch * most, tail)
+    return Work(tile, False, tiles, 0, most, num_splits, goal, fixed, split, most if goal else sizes.batch * most, tail)
 
 
 def with_tile(work: Work, tile: Tile, sizes: Sizes) -> Work:

@@ -148,33 +148,74 @@ def test_splits_join_to_the_same_result(num_splits: int) -> None:
 
 
 @triton.jit
-def _count(seqused, keys, counts, batch, most, goal, num_splits):
-    b = tl.program_id(0)
-    tl.store(counts + b, pages.shares(seqused, tl.load(keys + b), batch, most, goal, num_splits))
+def _count(seqused, sequences, firsts, counts, batch, most, goal):
+    """Write down for a share whose it is, for a sequence where its shares begin and how many there are."""
+    index = tl.program_id(0)
+    sequence, nth, count = pages.find_share(index, seqused, batch, most, goal)
+    tl.store(sequences + index, sequence)
+    if sequence < batch:
+        first, again = pages.shares_of(sequence, seqused, batch, most, goal)
+        tl.store(firsts + index, first + nth)
+        tl.store(counts + sequence, tl.where(again == count, count, -1))
 
 
-def counts_of(lengths: list[int], goal: int, num_splits: int, most: int = 2**31 - 1) -> list[int]:
+def counts_of(lengths: list[int], goal: int, most: int = 2**31 - 1) -> list[int]:
+    """Return how many shares each sequence has, once it is clear that every share is somebody's and nobody's twice."""
+    batch, room = len(lengths), len(lengths) * (goal + 1)
     used = torch.tensor(lengths, dtype=torch.int32)
-    counts = torch.zeros_like(used)
-    _count[(len(lengths),)](used, used.clamp(max=most), counts, len(lengths), most, goal, num_splits)
-    return counts.tolist()
+    sequences, firsts, counts = (torch.full((n,), -1, dtype=torch.int32) for n in (room + 1, room + 1, batch))
+    _count[(room + 1,)](used, sequences, firsts, counts, batch, most, goal)
+    found = counts.tolist()
+    total = sum(found)
+    assert min(found) >= 1 and total <= room
+    assert sequences.tolist() == [b for b, n in enumerate(found) for _ in range(n)] + [batch] * (room + 1 - total)
+    assert firsts[:total].tolist() == list(range(total))
+    return found
 
 
-def test_splits_go_to_the_sequences_that_have_the_keys() -> None:
-    assert counts_of([4096] * 3, 2, 8) == [2, 2, 2]
-    assert counts_of([4096, 4000, 4200] * 50, 2, 8) == [2] * 150
-    assert counts_of([16384] + [512] * 7, 2, 8) == [8] + [1] * 7  # 16384 of a mean of 2496, halved: 13, but 8 at most
-    assert counts_of([3000, 1000, 0, -5], 3, 12) == [9, 3, 1, 1]
-    assert counts_of([5000, 1000], 4, 16, most=1000) == [4, 4]  # a window hides what one has more
-    assert counts_of([5000, 1000], 0, 7) == [7, 7]
+def test_shares_go_to_the_sequences_that_have_the_keys() -> None:
+    assert counts_of([4096] * 3, 2) == [2, 2, 2]
+    assert counts_of([4096] * 3, 1) == [1, 1, 1]
+    assert counts_of([4096, 4000, 4200] * 50, 2) == [2] * 150
+    assert counts_of([16384] + [512] * 7, 2) == [13] + [1] * 7  # of a mean of 2496, halved
+    assert counts_of([3000, 1000, 0, -5], 3) == [9, 3, 1, 1]
+    assert counts_of([5000, 1000], 4, most=1000) == [4, 4]  # a window hides what one has more
+    assert counts_of([0, 0, 0], 2) == [1, 1, 1]
+    assert counts_of([2**31 - 1, 5], 3) == [6, 1]
 
 
-def test_uneven_lengths_join_to_the_same_result() -> None:
-    lengths = [2100, 0, 300, 40, 700]
-    call = make([1, 1, 1, 1, 1], lengths, heads=2, kv_heads=1, head_dim=16)
-    few = replace(H200, sm_count=2)  # places for 8 programs: 3 splits each, of which the first gets most
-    check(call, device=few)
-    check(call, device=few, window_size=(900, 0))
+def test_shares_always_have_room() -> None:
+    g = torch.Generator().manual_seed(0)
+    for batch, goal in ((1, 1), (3, 2), (130, 1), (40, 7)):
+        scale = 10 ** (torch.rand(batch, generator=g) * 5)
+        counts_of((torch.rand(batch, generator=g) * scale).int().tolist(), goal)
+        counts_of([1] + [3] * (batch - 1), goal)  # as many halves as there can be
+
+
+@pytest.mark.parametrize("options", [{}, {"window_size": (900, 0)}, {"sinks": torch.tensor([0.5, -1.0])}], ids=str)
+def test_uneven_lengths_join_to_the_same_result(options: dict[str, Any]) -> None:
+    """On a GPU with places for eight programs: three shares a mean sequence, of which the first gets most."""
+    call = make([1, 1, 1, 1, 1], [2100, 0, 300, 40, 700], heads=2, kv_heads=1, head_dim=16, tail=3)
+    few = replace(H200, sm_count=2)
+    check(call, device=few, **options)
+    check(make([2, 1, 3], [700, 2, 1300], heads=2, kv_heads=1, head_dim=16), device=few, causal=True, **options)
+
+
+def test_lengths_that_grow_need_no_other_plan() -> None:
+    """What a captured graph replays: the same launches, while the shares wander from one sequence to the other."""
+    call = make([1, 1], [1900, 1900], heads=1, kv_heads=1, head_dim=16)
+    few = replace(H200, sm_count=1)
+    kernel = kernel_of(call, device=few)
+    for lengths in ([1900, 3], [2, 1900], [900, 1000]):
+        now = replace(call, seqused_k=torch.tensor(lengths, dtype=torch.int32))
+        args = arguments(now, max_seqlen_k=1900)
+        out, lse = kernel.forward(now.q, now.k_cache, now.v_cache, args)
+        given = (now.q, now.k_cache, now.v_cache)
+        want, want_lse = attention_paged_oracle(*given, **now.tables)
+        assert_close(out, want, plain_attention_paged(*given, **now.tables)[0], what="out")
+        assert lse is not None
+        assert_lse_close(lse, want_lse, dtype=now.q.dtype)
+    assert len(kernel._prepared) == 1
 
 
 def test_decode_of_every_sort_of_head() -> None:
@@ -195,7 +236,7 @@ def test_prefill_beside_decodes_that_split() -> None:
     small = replace(H200, sm_count=1)
     check(call, device=small, causal=True)
     sizes = paged_launch.sizes_of(call.q, call.v_cache, arguments(call))
-    works = splits.plan_work(sizes, kernel_of(call, device=small)._tile_for, small.sm_count)
+    works = splits.plan_work(sizes, kernel_of(call, device=small)._tile_for, kernel_of(call, device=small)._gpu)
     assert [work.split for work in works] == [False, True]
 
 
@@ -282,6 +323,21 @@ def test_nan_in_an_fp8_cache_stays_nan(value: int) -> None:
         assert lse is not None
         assert out[0].isnan().all()
         assert not out[1].isnan().any()
+
+
+@pytest.mark.parametrize("kv_dtype", [E4M3, E5M2])
+def test_fp8_values_of_every_byte(kv_dtype: torch.dtype) -> None:
+    """One key a sequence: its values are the result, each of the 256 that a byte can be, in pairs or one by one."""
+    call = make([1] * 4, [1] * 4, heads=1, kv_heads=1, head_dim=16, head_dim_v=64, kv_dtype=kv_dtype)
+    first = call.block_table[:, 0].long()
+    bytes_ = torch.arange(256, dtype=torch.uint8).view(4, 64)
+    call.v_cache.view(torch.uint8)[first, 0, 0] = bytes_
+    want = bytes_.view(kv_dtype).half()
+    apart = torch.zeros((*call.v_cache.shape[:2], 1, 65), dtype=torch.uint8)[..., :64]  # an odd stride
+    apart.copy_(call.v_cache.view(torch.uint8))
+    for v_cache in (call.v_cache, apart.view(kv_dtype)):
+        out, _ = kernel_of(call).forward(call.q, call.k_cache, v_cache, arguments(call))
+        assert torch.equal(out[:, 0].nan_to_num(7.0, 9.0, -9.0), want.nan_to_num(7.0, 9.0, -9.0))
 
 
 def test_any_layout() -> None:

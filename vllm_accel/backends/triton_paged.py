@@ -56,7 +56,7 @@ class Prepared:
         for attention, combine in self._launches:
             attention(tensors, (softmax_scale, softcap))
             if combine is not None and part is not None:
-                combine(paged_launch.combine_tensors(out, lse, part, where[0], options[1]))
+                combine(paged_launch.combine_tensors(out, lse, part, where, options[1]))
         return out, lse
 
 
@@ -66,19 +66,19 @@ class TritonPaged:
     def __init__(self, spec: AttentionSpec, device: Device, num_splits: int = 0, one_block: bool = False) -> None:
         """Args: one_block: each sequence is one block, as long as it likes (see `triton_decode`)."""
         self._one_block = one_block
-        cc = device.compute_capability
         # Ampere has no instruction for e4m3 and Triton refuses the type there; e5m2 is the upper half of a float16.
-        self._native_e4m3 = cc is None or cc >= (8, 9)
+        self._chip = paged_launch.chip_of(device.arch)
         self._mla = Feature.MLA in spec.features
         self._fp32_products = spec.dtype is torch.float32 and device.platform == "cuda"
-        self._sm_count, self._num_splits = device.sm_count or 64, num_splits
+        self._num_splits = num_splits
+        self._gpu = splits.Gpu(device.sm_count or 64, device.shared_memory_per_block or splits.Gpu(0).shared)
         self._out_dtype = torch.bfloat16 if spec.dtype.itemsize == 1 else spec.dtype
         kind = (spec.head_dim, spec.head_dim_v, spec.dtype, spec.kv_dtype, self._mla)
 
-        def tile_for(rows: int) -> Tile:
-            return paged_launch.choose_tile(device.arch, rows, *kind)
+        def tile_for(rows: int, many: bool) -> Tile:
+            return paged_launch.choose_tile(device.arch, rows, *kind, many)
 
-        self._tile_for: Callable[[int], Tile] = tile_for
+        self._tile_for: Callable[[int, bool], Tile] = tile_for
         self._prepared: dict[Any, Prepared] = {}
 
     def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, args: PagedArgs) -> tuple[Tensor, Tensor | None]:
@@ -112,8 +112,8 @@ class TritonPaged:
         tokens, heads = q.shape[:2]
         out = torch.empty((tokens, heads, v_cache.shape[3]), dtype=self._out_dtype, device=q.device)
         lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device) if args.need_lse else None
-        sizes = paged_launch.sizes_of(q, v_cache, args)
-        works = splits.plan_work(sizes, self._tile_for, self._sm_count, self._num_splits)
+        sizes = paged_launch.sizes_of(q, v_cache, args, mla=self._mla, even=self._one_block)
+        works = splits.plan_work(sizes, self._tile_for, self._gpu, self._num_splits)
         scratch = splits.scratch(works, sizes)
         part = torch.empty(scratch, dtype=torch.float32, device=q.device) if scratch else None
         launches: list[tuple[Bound, Bound | None]] = []
@@ -122,11 +122,11 @@ class TritonPaged:
             def make(tile: Tile, work: splits.Work = work) -> Launch:
                 return paged_launch.attention_launch(
                     splits.with_tile(work, tile, sizes), q, k_cache, v_cache, out, lse, part, args,
-                    mla=self._mla, native_e4m3=self._native_e4m3, tf32=tf32, one_block=self._one_block,
+                    chip=self._chip, mla=self._mla, tf32=tf32, one_block=self._one_block,
                 )  # fmt: skip
 
             joined = None
             if work.split and part is not None:
-                joined = Bound(paged_launch.combine_launch(work, out, lse, part, args))
+                joined = Bound(paged_launch.combine_launch(work, out, lse, part, args, pdl=self._chip.pdl))
             launches.append((Bound(made_of=(work.tile, make)), joined))
-        return Prepared(launches, scratch, out, lse, self._native_e4m3)
+        return Prepared(launches, scratch, out, lse, self._chip.native_e4m3)
