@@ -129,7 +129,7 @@ def paged_attention(
         DTYPE: of the products. PAIRS, ASM: values of 8 bits, e4m3 or E5M2, are read in pairs (`pages.halves`).
         PDL: `combine_splits` may be launched meanwhile, and waits.
     """
-    if PDL == 1:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0)
     kv_head = index % num_kv_heads
@@ -271,8 +271,6 @@ def paged_attention(
         sink = tl.load(sinks + heads, mask=live & alone, other=float("-inf")).to(tl.float32) * LOG2E
         rescale, m, l = add_sink(m, l, sink)
         acc *= rescale[:, None]
-    if PDL == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     acc, total = finish(acc, m, l)
     columns_v = tl.arange(0, BLOCK_DV)
     inside = within(live, columns_v, DV, BLOCK_DV)

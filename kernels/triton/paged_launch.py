@@ -67,7 +67,7 @@ class Chip(NamedTuple):
 
     native_e4m3: bool = True
     pairs: bool = False
-    pdl: int = 0
+    pdl: bool = False
 
 
 def chip_of(arch: str) -> Chip:
@@ -75,7 +75,7 @@ def chip_of(arch: str) -> Chip:
     if not arch.startswith("sm_"):
         return Chip()
     number = int(arch[3:])
-    return Chip(number >= 89, number >= 89, 2 if number >= 90 and _COMPILED else 0)
+    return Chip(number >= 89, number >= 89, number >= 90 and _COMPILED)
 
 
 def padded(head_dim: int) -> int:
@@ -155,7 +155,7 @@ def attention_launch(
         "PRECISION": "tf32" if tf32 else "ieee", "BITS": k_cache.dtype is _E4M3 and not chip.native_e4m3,
         "Q_BITS": q.dtype is _E4M3 and not chip.native_e4m3, "NORM": norm,
         "DTYPE": product, "PAIRS": pairs, "E5M2": v_cache.dtype is torch.float8_e5m2, "ASM": _COMPILED,
-        "PDL": chip.pdl if work.split else 0,
+        "PDL": overlaps(work, chip),
     }  # fmt: skip
     tokens, batch = q.shape[0], args.seqused_k.shape[0]
     return Launch(
@@ -192,9 +192,16 @@ def _most(work: Work, args: PagedArgs) -> int:
     return min(left + right + work.high_q, 2**31 - 1) if left >= 0 else 2**31 - 1
 
 
-def combine_launch(
-    work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs, *, pdl: int = 0
-) -> Launch:
+def overlaps(work: Work, chip: Chip) -> bool:
+    """Tell whether the combine may be launched before the attention has ended.
+
+    Where a mean sequence has one share most of its programs have nothing to join, and are gone by then. Elsewhere all
+    would wait for the end, which on an H200 took 3 to 5 us longer than a launch after it (2026-11-30).
+    """
+    return chip.pdl and work.goal == 1
+
+
+def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs, *, chip: Chip) -> Launch:
     """Return the launch that joins the partial results of `attention_launch`."""
     tokens, heads, head_dim_v = out.shape
     batch, together = args.seqused_k.shape[0], _JOINED
@@ -209,11 +216,11 @@ def combine_launch(
         ),
         constexprs={
             "DV": head_dim_v, "BLOCK_DV": padded(head_dim_v), "BLOCK_S": together, "SEARCH": work.search,
-            "SPREAD": work.goal > 0, "SINKS": args.sinks is not None, "PDL": bool(pdl),
+            "SPREAD": work.goal > 0, "SINKS": args.sinks is not None, "PDL": overlaps(work, chip),
         },
         num_warps=4,
         num_stages=2,
-        pdl=bool(pdl),
+        pdl=overlaps(work, chip),
     )  # fmt: skip
 
 
