@@ -402,14 +402,14 @@ def test_pytorch_is_first_where_it_alone_has_the_matrix_unit(dtype: torch.dtype,
     q = torch.randn(1, 40, 2, 16).to(dtype)
     asked = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}[dtype]
 
-    def chosen(has: bool, sets: tuple[str, ...], queries: int = 40) -> str | None:
+    def chosen(has: bool, sets: tuple[str, ...], queries: int = 40, causal: bool = False) -> str | None:
         monkeypatch.setattr(torch.cpu, asked, lambda: has, raising=False)
         module = types.SimpleNamespace(**{name: getattr(load().module, name) for name in ("forward", "sources")})
         module.instruction_sets = lambda: sets
         monkeypatch.setattr(kernels, "load", lambda: kernels.Loaded(module, None))
         kernels._torch_has.cache_clear()
         plans.invalidate()
-        return explain(attention, q[:, :queries], q, q).chosen
+        return explain(attention, q[:, :queries], q, q, causal=causal).chosen
 
     try:
         ours = "cpu" if dtype is torch.bfloat16 else "sdpa_cpu"
@@ -418,8 +418,11 @@ def test_pytorch_is_first_where_it_alone_has_the_matrix_unit(dtype: torch.dtype,
         assert chosen(False, ("avx512", "avx2", "portable")) == "cpu"
         assert chosen(True, ("avx512", "avx2"), queries=1) == "cpu"  # decode is bound by memory
         q.requires_grad_()
-        assert chosen(True, ("amx_bf16", "avx512")) == "sdpa_cpu"  # backward has no kernel for it
-        assert chosen(False, ("amx_bf16", "avx512")) == "cpu"
+        assert chosen(True, ("amx_bf16", "avx512")) == ours  # so short that it does not matter
+        q = torch.randn(1, 1024, 2, 64, dtype=dtype, requires_grad=True)
+        assert chosen(True, ("amx_bf16", "avx512"), queries=1024) == "sdpa_cpu"  # backward has no kernel for it
+        assert chosen(True, ("amx_bf16", "avx512"), queries=1024, causal=True) == ours
+        assert chosen(False, ("amx_bf16", "avx512"), queries=1024) == "cpu"
     finally:
         monkeypatch.undo()
         kernels._torch_has.cache_clear()
