@@ -56,7 +56,8 @@ def load() -> Loaded:
 
 #: Rows (queries x heads of a group) up to which keys are read in place, at the speed of memory; as in drive.cpp.
 _DECODE_ROWS = 16
-#: Keys that a query sees times head size, up to which training without the matrix unit takes no longer than PyTorch's with it.
+#: Keys that a query sees times head size, up to which training without the matrix unit takes no longer than PyTorch's
+#: with it.
 _TRAINED = 1 << 15
 
 
@@ -79,9 +80,9 @@ def outrun(spec: Any) -> str | None:
 
     That is prefill on a machine whose matrix unit torch uses and this extension does not: built by a compiler that
     does not know it, not permitted, or (fp16) without such a kernel; and long training there, whose backward does not
-    use it. Forward and backward in bf16, times PyTorch's speed with one thread (Intel Xeon with AMX, 2026-11-30): heads of
-    64, causal: 3.4 at 64 tokens, 1.7 at 512, 1.07 at 1024, 0.93 at 2048; not causal 1.2 at 256, 0.84 at 1024; heads of
-    128, causal: 1.2 at 512, 0.73 at 1024. Decode, which is bound by memory, is ours either way.
+    use it. Forward and backward in bf16, times PyTorch's speed with one thread (Intel Xeon with AMX, 2026-11-30):
+    heads of 64, causal: 3.4 at 64 tokens, 1.7 at 512, 1.07 at 1024, 0.93 at 2048; not causal 1.2 at 256, 0.84 at 1024;
+    heads of 128, causal: 1.2 at 512, 0.73 at 1024. Decode, which is bound by memory, is ours either way.
     """
     if spec.block_size or spec.seqlen_q * (spec.num_heads // spec.num_kv_heads) <= _DECODE_ROWS:
         return None
