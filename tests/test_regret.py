@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import selection, selection_shapes
+from benchmarks import selection, selection_replay, selection_shapes
 from benchmarks.selection import Case, conclude, cost, judge
+from benchmarks.selection_replay import replay
 from vllm_accel.dispatch.device import preset
 from vllm_accel.dispatch.estimate import distance_of
 from vllm_accel.dispatch.table_file import Timing
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "vllm_accel" / "data" / "tables"
 
 
 @pytest.mark.parametrize("device", ["cpu", "h200"])
@@ -81,3 +85,22 @@ def test_from_tuning_to_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_bounds_are_those_of_the_issue() -> None:
     assert (selection.MOST_MEAN, selection.MOST_WORST, selection.LEAST_CONTESTED) == (1.02, 1.15, 0.25)
+
+
+def test_the_choice_made_again_on_recorded_times_is_within_its_bounds() -> None:
+    """The rules and the shipped table of today on what an H200 took for every backend."""
+    cases = replay(ROOT / "benchmarks/results/h200/selection.json", SHIPPED / "nvidia_h200.json")
+    verdict = judge(cases)
+    assert verdict.calls >= 40 and verdict.mean <= selection.MOST_MEAN and verdict.worst <= selection.MOST_WORST
+    assert verdict.measured > 0.85 and all(case.chosen in case.costs for case in cases)
+
+
+def test_a_replay_of_another_device_or_seed_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = json.loads((ROOT / "benchmarks/results/h200/selection.json").read_text())
+    table = ["--table", str(SHIPPED / "nvidia_h200.json")]
+    path = tmp_path / "other.json"
+    for changes, text in (({"about": {"gpu": "a toaster"}}, "described devices"), ({"seed": 1}, "not drawn any more")):
+        path.write_text(json.dumps({**data, "calls": data["calls"][:2], **changes}))
+        with pytest.raises(SystemExit):
+            selection_replay.main([str(path), *table])
+        assert text in capsys.readouterr().err

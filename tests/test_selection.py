@@ -219,12 +219,24 @@ def test_the_shipped_order_is_known_names_only() -> None:
 
 def test_a_decode_on_hopper_takes_the_kernel_that_shares_out_the_keys() -> None:
     for seqlen_q, first in ((1, "triton"), (8, "triton"), (16, "gluon_hopper")):
-        order = shipped_order("attention", PRESETS["h200"], spec_of(seqlen_q, 4096))
+        spec = replace(spec_of(seqlen_q, 4096), head_dim=128, head_dim_v=128)
+        order = shipped_order("attention", PRESETS["h200"], spec)
         assert next(name for name in order if name in ("triton", "gluon_hopper")) == first
         assert sorted(order) == sorted(shipped_order("attention", PRESETS["h200"]))
     invariant = spec_of(1, 4096)
     invariant = replace(invariant, features=invariant.features | Feature.BATCH_INVARIANT)
     assert shipped_order("attention", PRESETS["h200"], invariant) == shipped_order("attention", PRESETS["h200"])
+
+
+def test_small_heads_on_hopper_take_the_smaller_tiles_unless_they_are_trained() -> None:
+    def first(head_dim: int, grad: bool) -> str:
+        spec = replace(spec_of(4096, 4096), head_dim=head_dim, head_dim_v=head_dim)
+        spec = replace(spec, features=spec.features | (Feature.GRAD if grad else spec.features))
+        order = shipped_order("attention", PRESETS["h200"], spec)
+        return next(name for name in order if name in ("triton", "gluon_hopper"))
+
+    assert first(64, grad=False) == "triton"
+    assert first(128, grad=False) == first(64, grad=True) == first(128, grad=True) == "gluon_hopper"
 
 
 def test_groups_in_fp8_by_blocks_take_cutlass_unless_they_are_short() -> None:

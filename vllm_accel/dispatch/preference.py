@@ -40,6 +40,10 @@ _ATTENTION: dict[str, tuple[str, ...]] = {
 #: shares out the keys. 2 to 4 times as slow on an H200 (bf16, 1 to 64 sequences of 8k and 32k keys, 2026-11-30).
 _FEW_QUERIES = 8
 
+#: Head sizes up to which a forward pass takes `triton` before `gluon_hopper`: its programs are smaller (64 rows,
+#: several a multiprocessor), so that less is left to wait for at the end. 0.56 to 0.97 of the time in the eight calls of
+#: head size 64, without a mask, in benchmarks/results/h200/selection.json (2026-11-30).
+_NARROW = 64
 #: `cublas` has no groups that leave the host alone. Our Triton kernel is before PyTorch's: it takes every form, scaling
 #: and stride without a copy, and printed 0.98 to 1.31 times the speed of torch._grouped_mm on an H200
 #: (docs/gemm_kernels.md).
@@ -71,8 +75,9 @@ def shipped_order(op: str, device: Device, spec: Any = None) -> tuple[str, ...]:
     """Return the backends to try for an operation on a device, first one first.
 
     With a spec the order is that of its kind of call: `cpu` goes behind PyTorch's kernel where that alone has a matrix
-    unit (`kernels.cpu.outrun`), `gluon_hopper` behind `triton` for decodes (`_FEW_QUERIES`), `cutlass` before `triton`
-    for groups in FP8 by blocks (`_FEW_ROWS`). Not with batch_invariant: no choice may depend on lengths then.
+    unit (`kernels.cpu.outrun`), `gluon_hopper` behind `triton` for decodes (`_FEW_QUERIES`) and small heads
+    (`_NARROW`), `cutlass` before `triton` for groups in FP8 by blocks (`_FEW_ROWS`). Not with batch_invariant: no
+    choice may depend on lengths then.
     """
     if op == "gemm":
         order = _GEMM_CPU if device.type == "cpu" else _GEMM
@@ -87,7 +92,9 @@ def shipped_order(op: str, device: Device, spec: Any = None) -> tuple[str, ...]:
         from vllm_accel.kernels.cpu import outrun  # `import vllm_accel` loads no kernels
 
         return _behind("cpu", "sdpa_cpu", order) if outrun(spec) else order
-    return _behind("gluon_hopper", "triton", order) if spec.seqlen_q <= _FEW_QUERIES else order
+    short = spec.seqlen_q <= _FEW_QUERIES
+    narrow = max(spec.head_dim, spec.head_dim_v) <= _NARROW and Feature.GRAD not in spec.features
+    return _behind("gluon_hopper", "triton", order) if short or narrow else order
 
 
 def _behind(name: str, other: str, order: tuple[str, ...]) -> tuple[str, ...]:

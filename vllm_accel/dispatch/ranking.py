@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ def rank(
     version_of: Callable[[str], str | None],
     first: frozenset[str] = frozenset(),
     everything: bool = False,
+    sources: Sequence[measured.Source] | None = None,
 ) -> Ranking:
     """Rank the backends that were measured near a kind of call.
 
@@ -51,12 +52,14 @@ def rank(
             was measured where packages are taken as installed. Both are asked only of backends with rows nearby.
         first: names that stay before all others, however fast these are.
         everything: estimate those too that automatic choice does not take; the order is the same.
+        sources: the tables that count; None for those of the device.
     """
+    sources = measured.sources(device) if sources is None else sources
     order = (*(name for name in order if name in first), *(name for name in order if name not in first))
     # Bits that do not depend on lengths need a choice that does not (SPEC 4.10).
     if Feature.BATCH_INVARIANT in getattr(spec, "features", Feature(0)):
         return Ranking(order)
-    close = [(source, row) for source in measured.sources(device) for row in source.of(op, spec) if _near(spec, row)]
+    close = [(source, row) for source in sources for row in source.of(op, spec) if _near(spec, row)]
     if not close:
         return Ranking(order)
     wanted = {name for _, row in close for name in (*row.times, *row.failed)}
@@ -75,7 +78,7 @@ def rank(
             here = {name for name in (*here, *current) if name in row.failed or (name in here and name not in found)}
         if found:
             used[str(source)] = None
-    fits = {name: fit for name in versions if (fit := _fit(op, name, spec, device, versions[name])) is not None}
+    fits = {name: fit for name in versions if (fit := _fit(op, name, spec, sources, versions[name])) is not None}
     rows = [Row(op, row_spec, found) for row_spec, found in times.items()]
     known = estimates(spec, rows, fits, CPU if device.type == "cpu" else GPU)
     for name in here:  # a failure at this very kind of call outweighs times of its neighbours
@@ -95,15 +98,15 @@ def modelled(
     op: str, spec: Any, device: Device, names: tuple[str, ...], version_of: Callable[[str], str | None]
 ) -> dict[str, Estimate]:
     """Return what the model alone expects of backends: for people, where no row is near."""
-    if not measured.sources(device):
+    if not (sources := measured.sources(device)):
         return {}
-    fits = {name: _fit(op, name, spec, device, version_of(name)) for name in names}
+    fits = {name: _fit(op, name, spec, sources, version_of(name)) for name in names}
     return {name: Estimate(fit.seconds(spec), 0.0, 0, False) for name, fit in fits.items() if fit is not None}
 
 
-def _fit(op: str, name: str, spec: Any, device: Device, version: str | None) -> Fit | None:
+def _fit(op: str, name: str, spec: Any, sources: Sequence[measured.Source], version: str | None) -> Fit | None:
     """Return the model of a backend by the last table that has enough of it."""
-    found = [s.fit(op, name, spec) for s in measured.sources(device) if is_current(s.table, op, name, version)]
+    found = [s.fit(op, name, spec) for s in sources if is_current(s.table, op, name, version)]
     return next((fit for fit in reversed(found) if fit is not None), None)
 
 
