@@ -112,6 +112,29 @@ def test_a_tile_does_not_depend_on_lengths_or_batch() -> None:
     assert len({BACKEND.bind(spec, PRESETS["h200"])._tile for spec in specs}) == 1
 
 
+def test_few_kinds_of_call_take_the_logits_a_block_ahead() -> None:
+    plain = AttentionSpec(
+        torch.bfloat16, torch.bfloat16, 8, 8, 128, 128, 1, 64, 64, Relation.EQUAL, Feature.CAUSAL | Feature.SINKS
+    )  # fmt: skip
+    others = [
+        dataclasses.replace(plain, dtype=torch.float32),
+        dataclasses.replace(plain, head_dim=96),
+        dataclasses.replace(plain, head_dim_v=96),
+        dataclasses.replace(plain, features=Feature.WINDOW_LEFT),
+        dataclasses.replace(plain, features=Feature.Q_DESCALE),
+    ]
+
+    def forms(spec: AttentionSpec, gpu: str) -> bool:
+        kernel = BACKEND.bind(spec, PRESETS[gpu])
+        q = _meta(1, 64, 8, spec.head_dim)
+        launch = forward_launch.forward_launch(q, q, q, q, None, None, _args(64, 64), TILE, ahead=kernel._ahead)
+        assert launch.constexprs["AHEAD"] is kernel._ahead
+        return kernel._ahead
+
+    assert forms(plain, "h200")
+    assert not any(forms(spec, "h200") for spec in others) and not forms(plain, "a100") and not forms(plain, "b200")
+
+
 # --- launches --------------------------------------------------------------------------------------------------------
 
 TILE = tiles.Tile(64, 32, 4, 2)

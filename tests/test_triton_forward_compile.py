@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("triton")
 from crosscompile import ARCHS, assert_fits, compile_launch
 from vllm_accel.dispatch.backend import AttentionArgs
-from vllm_accel.kernels.triton.forward_launch import choose_tile, forward_launch
+from vllm_accel.kernels.triton.forward_launch import ahead, choose_tile, forward_launch
 from vllm_accel.kernels.triton.launch import Launch
 
 HEAVY = ("bias", "mask window", "alibi softcap window descale", "dropout")
@@ -85,10 +85,10 @@ def _launch(kernel: Kernel, *, head_dim_v: int = 0, varlen: bool = False) -> Lau
     for option in kernel.options.split():
         args = args._replace(**given[option])
     rng = _meta(2, dtype=torch.int64) if args.dropout_p else None
-    tile = choose_tile(
-        kernel.arch, dtype, kernel.head_dim, v.shape[-1], causal=True, heavy=kernel.options != "plain"
-    )  # fmt: skip
-    return forward_launch(q, k, v, out, lse, rng, args, tile)
+    heavy = kernel.options != "plain"
+    tile = choose_tile(kernel.arch, dtype, kernel.head_dim, v.shape[-1], causal=True, heavy=heavy)
+    form = ahead(kernel.arch, dtype, kernel.head_dim, v.shape[-1], heavy=heavy)
+    return forward_launch(q, k, v, out, lse, rng, args, tile, ahead=form)
 
 
 @pytest.mark.parametrize("kernel", EVERY if os.environ.get("COMPILE_ALL_TILES") else CHOSEN, ids=str)
@@ -130,3 +130,17 @@ def test_the_interior_loop_masks_nothing() -> None:
     kernel = Kernel("sm_90", 64, "window")
     loops = [text for text in _loops(compile_launch(_launch(kernel), "sm_90").sass) if "HGMMA" in text]
     assert sorted("FSEL" in text for text in loops) == [False, True, True]
+
+
+@pytest.mark.parametrize("varlen", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_on_hopper_the_softmax_runs_beside_a_product(varlen: bool) -> None:
+    """One loop: exponentials, then the logits of the next block, the only wait, and the values, waited for next time.
+
+    Where ptxas cannot tell that this is safe it waits after every instruction of every product (its note C7515).
+    """
+    sass = compile_launch(_launch(Kernel("sm_90", 128), varlen=varlen), "sm_90").sass
+    (loop,) = [text for text in _loops(sass) if "HGMMA" in text]
+    found = re.findall(r"MUFU\.EX2|HGMMA|WARPGROUP\.DEPBAR", loop)
+    wait = found.index("WARPGROUP.DEPBAR")
+    assert found.count("WARPGROUP.DEPBAR") == 1
+    assert "MUFU.EX2" not in found[wait:] and found[:wait].count("HGMMA") == 8 and "HGMMA" in found[wait:]

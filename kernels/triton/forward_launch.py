@@ -38,6 +38,12 @@ def choose_tile(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *
     return lookup("forward", arch, [*kinds, size])
 
 
+def ahead(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, heavy: bool) -> bool:
+    """Tell whether a kind of call takes the form of the kernel whose logits are a block ahead (see `forward`)."""
+    fills = (padded(head_dim), padded(head_dim_v)) == (head_dim, head_dim_v)
+    return arch == "sm_90" and dtype is not torch.float32 and fills and not heavy
+
+
 def forward_launch(
     q: Tensor,
     k: Tensor,
@@ -48,6 +54,7 @@ def forward_launch(
     args: AttentionArgs,
     tile: Tile,
     tf32: bool = False,
+    ahead: bool = False,
 ) -> Launch:
     """Return the launch that writes out and lse.
 
@@ -55,6 +62,7 @@ def forward_launch(
         q, k, v: (B, S, H, D) or packed (T, H, D), innermost stride 1, other strides free.
         out: contiguous, q's shape with Dv. lse: contiguous fp32 (B, H, Sq) or (H, Tq), or None.
         rng: int64 (2,) on the device, exactly with dropout. tf32: products of fp32 inputs may round to TF32.
+        ahead: what `ahead` says of this kind of call.
     """
     varlen = args.cu_seqlens_q is not None
     heads, head_dim = q.shape[-2:]
@@ -82,6 +90,7 @@ def forward_launch(
         "SOFTCAP": args.softcap != 0.0, "ALIBI": alibi, "BIAS": bias_kind,
         "Q_DESCALE": dims[0], "K_DESCALE": dims[1], "V_DESCALE": dims[2],
         "WIDE": reach >= 1 << 31, "PRECISE": q.dtype is torch.float32, "PRECISION": "tf32" if tf32 else "ieee",
+        "AHEAD": ahead,
     }  # fmt: skip
     return Launch(
         fn=attention_forward,

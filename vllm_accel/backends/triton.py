@@ -159,6 +159,9 @@ class TritonAttention:
             device.arch, spec.dtype, spec.head_dim, spec.head_dim_v,
             causal=Feature.CAUSAL in spec.features, heavy=self._heavy,
         )  # fmt: skip
+        self._ahead = forward_launch.ahead(
+            device.arch, spec.dtype, spec.head_dim, spec.head_dim_v, heavy=self._heavy
+        )  # fmt: skip
         self._fp32_products = spec.dtype is torch.float32 and device.platform == "cuda"
         # Stand in for what a launch is described with before it exists.
         self._lse = torch.empty(0, dtype=torch.float32, device="meta")
@@ -199,7 +202,7 @@ class TritonAttention:
         tidy = _tidy(args)
 
         def launch(tile: Tile) -> Launch:
-            made: Launch = self._launches.forward_launch(q, k, v, q, lse, rng, tidy, tile, tf32)
+            made: Launch = self._launches.forward_launch(q, k, v, q, lse, rng, tidy, tile, tf32, self._ahead)
             return made
 
         return _prepared(self._bound(made_of=(self._tile, launch)), q, v, args)
