@@ -251,8 +251,7 @@ def attention_forward(
         acc, m, l = _attend(
             acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, outer, last, rows, len_q, len_k, scale, softcap, slope,
             attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT,
-                True,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT, True,
         )  # fmt: skip
 
     present = tl.where(l == 0.0, 1.0, l)  # a row without keys: 0 and -inf
