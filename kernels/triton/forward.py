@@ -97,22 +97,24 @@ def _attend_ahead(
     cols = tl.arange(0, BLOCK_N)
     multiplier = factor(scale, True)
     k_tile = _tile(k, k_stride_t, len_k, D, BLOCK_D, BLOCK_N, WIDE, True)  # under way together with q
+    s = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
     if last > 0:
         s = tl.dot(q, k_tile.T)
-        final = (last - 1) // BLOCK_N * BLOCK_N
-        for n0 in range(0, final, BLOCK_N):
-            n0 = tl.multiple_of(n0, BLOCK_N)
-            if n0 >= outer:
-                inside = seen(rows[:, None], n0 + cols[None, :], len_q, len_k, 0, right, False, RIGHT)
-                s = tl.where(inside, s, float("-inf"))
-            p, alpha, m, l = _softmax(s, m, l, multiplier, RIGHT)
-            p = p.to(q.dtype)
-            n1 = n0 + BLOCK_N
-            k_tile = _tile(k + n1.to(tl.int64) * k_stride_t, k_stride_t, len_k - n1, D, BLOCK_D, BLOCK_N, WIDE, True)
-            s = tl.dot(q, k_tile.T)
-            v_tile = _tile(v + n0.to(tl.int64) * v_stride_t, v_stride_t, len_k - n0, DV, BLOCK_DV, BLOCK_N, WIDE, True)
-            acc = acc * alpha[:, None]
-            acc = tl.dot(p, v_tile, acc)
+    final = tl.maximum(last - 1, 0) // BLOCK_N * BLOCK_N
+    for n0 in range(0, final, BLOCK_N):
+        n0 = tl.multiple_of(n0, BLOCK_N)
+        if n0 >= outer:
+            inside = seen(rows[:, None], n0 + cols[None, :], len_q, len_k, 0, right, False, RIGHT)
+            s = tl.where(inside, s, float("-inf"))
+        p, alpha, m, l = _softmax(s, m, l, multiplier, RIGHT)
+        p = p.to(q.dtype)
+        n1 = n0 + BLOCK_N
+        k_tile = _tile(k + n1.to(tl.int64) * k_stride_t, k_stride_t, len_k - n1, D, BLOCK_D, BLOCK_N, WIDE, True)
+        s = tl.dot(q, k_tile.T)
+        v_tile = _tile(v + n0.to(tl.int64) * v_stride_t, v_stride_t, len_k - n0, DV, BLOCK_DV, BLOCK_N, WIDE, True)
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p, v_tile, acc)
+    if last > 0:
         if final >= outer:
             inside = seen(rows[:, None], final + cols[None, :], len_q, len_k, 0, right, False, RIGHT)
             s = tl.where(inside, s, float("-inf"))
