@@ -21,7 +21,7 @@ from vllm_accel.ops import run as ops_run
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
-from vllm_accel.kernels.triton import forward_launch, launch, tiles
+from vllm_accel.kernels.triton import forward, forward_launch, launch, tiles
 from vllm_accel.kernels.triton.launch import Bound, Launch
 from vllm_accel.kernels.triton.tiles import Tile
 
@@ -112,27 +112,35 @@ def test_a_tile_does_not_depend_on_lengths_or_batch() -> None:
     assert len({BACKEND.bind(spec, PRESETS["h200"])._tile for spec in specs}) == 1
 
 
-def test_few_kinds_of_call_take_the_logits_a_block_ahead() -> None:
+def test_few_kinds_of_call_take_another_form_of_the_kernel() -> None:
     plain = AttentionSpec(
         torch.bfloat16, torch.bfloat16, 8, 8, 128, 128, 1, 64, 64, Relation.EQUAL, Feature.CAUSAL | Feature.SINKS
     )  # fmt: skip
-    others = [
-        dataclasses.replace(plain, dtype=torch.float32),
-        dataclasses.replace(plain, head_dim=96),
-        dataclasses.replace(plain, head_dim_v=96),
-        dataclasses.replace(plain, features=Feature.WINDOW_LEFT),
-        dataclasses.replace(plain, features=Feature.Q_DESCALE),
-    ]
 
-    def forms(spec: AttentionSpec, gpu: str) -> bool:
-        kernel = BACKEND.bind(spec, PRESETS[gpu])
-        q = _meta(1, 64, 8, spec.head_dim)
-        launch = forward_launch.forward_launch(q, q, q, q, None, None, _args(64, 64), TILE, ahead=kernel._ahead)
-        assert launch.constexprs["AHEAD"] is kernel._ahead
-        return kernel._ahead
+    def form(gpu: str, **changes: Any) -> int:
+        return BACKEND.bind(dataclasses.replace(plain, **changes), PRESETS[gpu])._form
 
-    assert forms(plain, "h200")
-    assert not any(forms(spec, "h200") for spec in others) and not forms(plain, "a100") and not forms(plain, "b200")
+    assert (adapter.AHEAD, adapter.BOTH) == (forward.AHEAD, forward.BOTH)
+    assert form("h200") == forward.BOTH and form("h200", head_dim=256, head_dim_v=256) == forward.AHEAD
+    assert form("h200", head_dim_v=64) == forward.AHEAD
+    for changes in (
+        {"dtype": torch.float32}, {"head_dim": 96}, {"head_dim_v": 96}, {"features": Feature.WINDOW_LEFT},
+        {"features": Feature.Q_DESCALE},
+    ):  # fmt: skip
+        assert form("h200", **changes) == forward.PLAIN, changes
+    assert form("a100") == form("b200") == forward.PLAIN
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: torch.zeros(1, 64, 3, 4, 128, dtype=torch.bfloat16)[:, :, 0], True),  # packed q, k, v
+        (lambda: torch.zeros(1, 64, 4, 132, dtype=torch.bfloat16)[..., :128], False),  # heads 264 bytes apart
+        (lambda: torch.zeros(1, 1, 4, 128, dtype=torch.bfloat16).expand(1, 64, 4, 128), False),
+    ],
+)
+def test_what_descriptors_can_read(make: Callable[[], torch.Tensor], expected: bool) -> None:
+    assert forward_launch.describable(make()) is expected
 
 
 # --- launches --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("triton")
 from crosscompile import ARCHS, assert_fits, compile_launch
 from vllm_accel.dispatch.backend import AttentionArgs
-from vllm_accel.kernels.triton.forward_launch import ahead, choose_tile, forward_launch
+from vllm_accel.kernels.triton.forward_launch import choose_tile, form_of, forward_launch
 from vllm_accel.kernels.triton.launch import Launch
 
 HEAVY = ("bias", "mask window", "alibi softcap window descale", "dropout")
@@ -87,8 +87,8 @@ def _launch(kernel: Kernel, *, head_dim_v: int = 0, varlen: bool = False) -> Lau
     rng = _meta(2, dtype=torch.int64) if args.dropout_p else None
     heavy = kernel.options != "plain"
     tile = choose_tile(kernel.arch, dtype, kernel.head_dim, v.shape[-1], causal=True, heavy=heavy)
-    form = ahead(kernel.arch, dtype, kernel.head_dim, v.shape[-1], heavy=heavy)
-    return forward_launch(q, k, v, out, lse, rng, args, tile, ahead=form)
+    form = form_of(kernel.arch, dtype, kernel.head_dim, v.shape[-1], heavy=heavy)
+    return forward_launch(q, k, v, out, lse, rng, args, tile, form=form)
 
 
 @pytest.mark.parametrize("kernel", EVERY if os.environ.get("COMPILE_ALL_TILES") else CHOSEN, ids=str)
@@ -132,15 +132,25 @@ def test_the_interior_loop_masks_nothing() -> None:
     assert sorted("FSEL" in text for text in loops) == [False, True, True]
 
 
-@pytest.mark.parametrize("varlen", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_on_hopper_the_softmax_runs_beside_a_product(varlen: bool) -> None:
-    """One loop: exponentials, then the logits of the next block, the only wait, and the values, waited for next time.
-
-    Where ptxas cannot tell that this is safe it waits after every instruction of every product (its note C7515).
-    """
-    sass = compile_launch(_launch(Kernel("sm_90", 128), varlen=varlen), "sm_90").sass
+def test_the_values_are_added_beside_the_next_softmax() -> None:
+    """One loop: exponentials, then the logits of the next block, the only wait, and the values, waited for next time."""
+    sass = compile_launch(_launch(Kernel("sm_90", 256)), "sm_90").sass
     (loop,) = [text for text in _loops(sass) if "HGMMA" in text]
     found = re.findall(r"MUFU\.EX2|HGMMA|WARPGROUP\.DEPBAR", loop)
     wait = found.index("WARPGROUP.DEPBAR")
     assert found.count("WARPGROUP.DEPBAR") == 1
-    assert "MUFU.EX2" not in found[wait:] and found[:wait].count("HGMMA") == 8 and "HGMMA" in found[wait:]
+    assert "MUFU.EX2" not in found[wait:] and found[:wait].count("HGMMA") == 16 and "HGMMA" in found[wait:]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "varlen"),
+    [(128, False), (64, False), *[pytest.param(d, True, marks=pytest.mark.slow) for d in (64, 128)]],
+)
+def test_both_products_run_beside_the_softmax(head_dim: int, varlen: bool) -> None:
+    """Three products in the loop without masks, and one wait, at the one with zeros. Where ptxas cannot tell that this is
+    safe it waits after every instruction of every product (its notes C7510 to C7515)."""
+    compiled = compile_launch(_launch(Kernel("sm_90", head_dim), varlen=varlen), "sm_90")
+    loop = compiled.ttgir.split("scf.for ")[1].split("scf.yield")[0]
+    products = re.findall(r"warp_group_dot(?:_wait)?\b", loop)
+    assert products == ["warp_group_dot", "warp_group_dot_wait", "warp_group_dot", "warp_group_dot"]
+    assert compiled.sass.count("WARPGROUP.DEPBAR") < compiled.instructions["HGMMA"] / 4

@@ -4,9 +4,9 @@ Milakov and Gimelshein 2018 (online softmax), Dao 2023 (FlashAttention-2: one pr
 walks the keys that its rows see in up to three loops: the left edge of a window, the interior, where nothing is masked,
 and the right edge (the diagonal, or the end of the keys). See `scores` for the logits.
 
-On Hopper, products of a warpgroup run while it computes. With AHEAD (`forward_launch.ahead`) one loop takes the logits
-of the next block before it adds the values of this one, so that this product is under way during the next softmax (Shah
-et al. 2024, FlashAttention-3, section 3.2).
+On Hopper a product runs while its warps compute, and two forms of the loop use that (Shah et al. 2024,
+FlashAttention-3, section 3.2). With AHEAD one loop takes the logits of the next block before it adds the values of this
+one, so that this product is under way during the next softmax. BOTH has the logits under way too (`forward_hopper`).
 
 Layouts: q, k, v (B, S, heads, D) or packed (T, heads, D) with cu_seqlens, any strides with the innermost 1; out and lse
 contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal` or `_heavy` where those differ.
@@ -14,7 +14,11 @@ contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal` or `_he
 
 import triton
 import triton.language as tl
+from vllm_accel.kernels.triton.forward_hopper import attend_hopper
 from vllm_accel.kernels.triton.scores import LN2, LOG2E, factor, kept, keys_of_rows, logits, per_head, seen, sequence
+
+#: FORM of a launch: products waited for where they are made; the logits a block ahead of the values; both under way.
+PLAIN, AHEAD, BOTH = 0, 1, 2
 
 
 @triton.jit
@@ -153,7 +157,7 @@ def attention_forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     FOLD: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
-    WIDE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    WIDE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Write out, contiguous (B, Sq, H, DV) or (T, H, DV), and lse (fp32, natural, (B, H, Sq) or (H, T)) unless it is
     None.
@@ -164,8 +168,9 @@ def attention_forward(
         tiles: blocks of BLOCK_M rows in the longest sequence. together: heads that are scheduled side by side.
         left, right: window, read only with LEFT and RIGHT. ALIBI: 0, or dimensions of the slopes.
         *_DESCALE: dimensions of the factor (0, 1, 2). WIDE: offsets within a tile need 64 bits.
-        PRECISION: of fp32 products. PRECISE: see `scores.tanh`. AHEAD: logits a block ahead of values; 16-bit numbers,
-            heads that fill their tiles, FOLD, and no option but RIGHT, sinks and the descale of v.
+        PRECISION: of fp32 products. PRECISE: see `scores.tanh`. FORM: AHEAD and BOTH are for 16-bit numbers, heads that
+            fill their tiles, FOLD, and no option but RIGHT, sinks and the descale of v; BOTH for q, k and v that TMA
+            can read.
     """
     # Program -> (tile, head): `together` heads at a time, whose keys fit the L2 cache, and among those the tiles
     # with the most keys first, so that the last programs to run are short ones.
@@ -210,7 +215,11 @@ def attention_forward(
     q += h.to(tl.int64) * q_stride_h + (first_q + m0) * q_stride_t
     k += h_kv.to(tl.int64) * k_stride_h + first_k * k_stride_t
     v += h_kv.to(tl.int64) * v_stride_h + first_k * v_stride_t
-    q_tile = _tile(q, q_stride_t, len_q - m0, D, BLOCK_D, BLOCK_M, WIDE, True)
+    if FORM == 2:
+        q_tiles = tl.make_tensor_descriptor(q, [len_q - m0, D], [q_stride_t, 1], [BLOCK_M, D])
+        q_tile = q_tiles.load([0, 0])
+    else:
+        q_tile = _tile(q, q_stride_t, len_q - m0, D, BLOCK_D, BLOCK_M, WIDE, True)
 
     scale = softmax_scale
     if q_descale is not None:
@@ -232,7 +241,12 @@ def attention_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     first, inner, outer, last = keys_of_rows(m0, len_q, len_k, left, right, BLOCK_M, BLOCK_N, LEFT, RIGHT)
-    if AHEAD:
+    if FORM == 2:
+        acc, m, l = attend_hopper(
+            acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, outer, last, rows, len_q, len_k, scale, right,
+            D, DV, BLOCK_N, RIGHT,
+        )  # fmt: skip
+    elif FORM == 1:
         acc, m, l = _attend_ahead(
             acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, outer, last, rows, len_q, len_k, scale, right,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, WIDE, RIGHT,
