@@ -133,7 +133,7 @@ def test_the_interior_loop_masks_nothing() -> None:
 
 
 def test_the_values_are_added_beside_the_next_softmax() -> None:
-    """One loop: exponentials, then the logits of the next block, the only wait, and the values, waited for next time."""
+    """One loop: exponentials, the logits of the next block, the only wait, and the values, waited for next time."""
     sass = compile_launch(_launch(Kernel("sm_90", 256)), "sm_90").sass
     (loop,) = [text for text in _loops(sass) if "HGMMA" in text]
     found = re.findall(r"MUFU\.EX2|HGMMA|WARPGROUP\.DEPBAR", loop)
@@ -147,8 +147,8 @@ def test_the_values_are_added_beside_the_next_softmax() -> None:
     [(128, False), (64, False), *[pytest.param(d, True, marks=pytest.mark.slow) for d in (64, 128)]],
 )
 def test_both_products_run_beside_the_softmax(head_dim: int, varlen: bool) -> None:
-    """Three products in the loop without masks, and one wait, at the one with zeros. Where ptxas cannot tell that this is
-    safe it waits after every instruction of every product (its notes C7510 to C7515)."""
+    """Three products in the loop without masks, and one wait, at the one with zeros. Where ptxas cannot tell that this
+    is safe it waits after every instruction of every product (its notes C7510 to C7515)."""
     compiled = compile_launch(_launch(Kernel("sm_90", head_dim), varlen=varlen), "sm_90")
     loop = compiled.ttgir.split("scf.for ")[1].split("scf.yield")[0]
     products = re.findall(r"warp_group_dot(?:_wait)?\b", loop)

@@ -170,7 +170,7 @@ def attention_forward(
         *_DESCALE: dimensions of the factor (0, 1, 2). WIDE: offsets within a tile need 64 bits.
         PRECISION: of fp32 products. PRECISE: see `scores.tanh`. FORM: AHEAD and BOTH are for 16-bit numbers, heads that
             fill their tiles, FOLD, and no option but RIGHT, sinks and the descale of v; BOTH for q, k and v that TMA
-            can read.
+            can read (`forward_launch.describable`).
     """
     # Program -> (tile, head): `together` heads at a time, whose keys fit the L2 cache, and among those the tiles
     # with the most keys first, so that the last programs to run are short ones.

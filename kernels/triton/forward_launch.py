@@ -16,8 +16,8 @@ from vllm_accel.kernels.triton.tiles import Tile, lookup
 #: 461.
 _L2_BYTES = 20 << 20
 
-#: Head sizes for which the form BOTH is the fastest.
-_BOTH = (64, 128)
+#: Head sizes for which another form of the kernel was the fastest on an H200.
+_FORMS = {64: BOTH, 128: BOTH, 256: AHEAD}
 
 
 def padded(head_dim: int) -> int:
@@ -46,10 +46,9 @@ def form_of(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, he
 
     BOTH is for tensors that are `describable`, at addresses that are multiples of 16; others take AHEAD instead.
     """
-    fills = (padded(head_dim), padded(head_dim_v)) == (head_dim, head_dim_v)
-    if arch != "sm_90" or dtype is torch.float32 or not fills or heavy:
+    if arch != "sm_90" or dtype is torch.float32 or head_dim != head_dim_v or heavy:
         return PLAIN
-    return BOTH if head_dim == head_dim_v in _BOTH else AHEAD
+    return _FORMS.get(head_dim, PLAIN)
 
 
 def describable(*tensors: Tensor) -> bool:
