@@ -121,13 +121,15 @@ def test_few_kinds_of_call_take_another_form_of_the_kernel() -> None:
         return BACKEND.bind(dataclasses.replace(plain, **changes), PRESETS[gpu])._form
 
     assert (adapter.AHEAD, adapter.BOTH) == (forward.AHEAD, forward.BOTH)
-    assert form("h200") == forward.BOTH and form("h200", head_dim=256, head_dim_v=256) == forward.AHEAD
+    full = {"features": Feature.SINKS}
+    assert form("h200", **full) == form("h200", head_dim=256, head_dim_v=256) == forward.AHEAD
+    assert form("h200") == form("h200", head_dim=64, head_dim_v=64) == forward.PLAIN
     for changes in (
         {"dtype": torch.float32}, {"head_dim": 32, "head_dim_v": 32}, {"head_dim_v": 64},
         {"features": Feature.WINDOW_LEFT}, {"features": Feature.Q_DESCALE},
     ):  # fmt: skip
-        assert form("h200", **changes) == forward.PLAIN, changes
-    assert form("a100") == form("b200") == forward.PLAIN
+        assert form("h200", **{**full, **changes}) == forward.PLAIN, changes
+    assert form("a100", **full) == form("b200", **full) == forward.PLAIN
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ import torch
 pytest.importorskip("triton")
 from crosscompile import ARCHS, assert_fits, compile_launch
 from vllm_accel.dispatch.backend import AttentionArgs
+from vllm_accel.kernels.triton.forward import BOTH
 from vllm_accel.kernels.triton.forward_launch import choose_tile, form_of, forward_launch
 from vllm_accel.kernels.triton.launch import Launch
+from vllm_accel.kernels.triton.tiles import Tile
 
 HEAVY = ("bias", "mask window", "alibi softcap window descale", "dropout")
 SIZES = (16, 32, 64, 128, 256)
@@ -59,7 +61,14 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _launch(kernel: Kernel, *, head_dim_v: int = 0, varlen: bool = False) -> Launch:
+def _launch(
+    kernel: Kernel,
+    *,
+    head_dim_v: int = 0,
+    varlen: bool = False,
+    tile: Tile | None = None,
+    form: int | None = None,
+) -> Launch:
     """Describe a causal call of 4 x 4096 tokens with grouped heads, lse and the options of `kernel`."""
     dtype = torch.float32 if kernel.dtype == "fp32" else torch.bfloat16
     batch, tokens, heads, kv_heads = 4, 4096, 32, 8
@@ -86,9 +95,10 @@ def _launch(kernel: Kernel, *, head_dim_v: int = 0, varlen: bool = False) -> Lau
         args = args._replace(**given[option])
     rng = _meta(2, dtype=torch.int64) if args.dropout_p else None
     heavy = kernel.options != "plain"
-    tile = choose_tile(kernel.arch, dtype, kernel.head_dim, v.shape[-1], causal=True, heavy=heavy)
-    form = form_of(kernel.arch, dtype, kernel.head_dim, v.shape[-1], heavy=heavy)
-    return forward_launch(q, k, v, out, lse, rng, args, tile, form=form)
+    chosen = choose_tile(kernel.arch, dtype, kernel.head_dim, v.shape[-1], causal=True, heavy=heavy)
+    if form is None:
+        form = form_of(kernel.arch, dtype, kernel.head_dim, v.shape[-1], causal=True, heavy=heavy)
+    return forward_launch(q, k, v, out, lse, rng, args, tile or chosen, form=form)
 
 
 @pytest.mark.parametrize("kernel", EVERY if os.environ.get("COMPILE_ALL_TILES") else CHOSEN, ids=str)
@@ -149,7 +159,8 @@ def test_the_values_are_added_beside_the_next_softmax() -> None:
 def test_both_products_run_beside_the_softmax(head_dim: int, varlen: bool) -> None:
     """Three products in the loop without masks, and one wait, at the one with zeros. Where ptxas cannot tell that this
     is safe it waits after every instruction of every product (its notes C7510 to C7515)."""
-    compiled = compile_launch(_launch(Kernel("sm_90", head_dim), varlen=varlen), "sm_90")
+    tile = Tile(128, head_dim, 8, 2)
+    compiled = compile_launch(_launch(Kernel("sm_90", head_dim), varlen=varlen, tile=tile, form=BOTH), "sm_90")
     loops = [text.split("scf.yield")[0] for text in compiled.ttgir.split("scf.for ")[1:]]
     loop = next(text for text in loops if "warp_group_dot_wait" in text)
     products = re.findall(r"warp_group_dot(?:_wait)?\b", loop)

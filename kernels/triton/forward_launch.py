@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_accel.dispatch.backend import AttentionArgs
-from vllm_accel.kernels.triton.forward import AHEAD, BOTH, PLAIN, attention_forward
+from vllm_accel.kernels.triton.forward import AHEAD, PLAIN, attention_forward
 from vllm_accel.kernels.triton.launch import Launch
 from vllm_accel.kernels.triton.scores import ADDITIVE, BOOLEAN, NO_BIAS, folds
 from vllm_accel.kernels.triton.tiles import Tile, lookup
@@ -16,8 +16,9 @@ from vllm_accel.kernels.triton.tiles import Tile, lookup
 #: 461.
 _L2_BYTES = 20 << 20
 
-#: Head sizes for which another form of the kernel was the fastest on an H200.
-_FORMS = {64: BOTH, 128: BOTH, 256: AHEAD}
+#: Head sizes, causal or not, for which another form of the kernel was the fastest on an H200 (docs/triton.md). BOTH is
+#: compiled and interpreted, and waits for its first run on a GPU.
+_FORMS = {(128, False): AHEAD, (256, False): AHEAD, (256, True): AHEAD}
 
 
 def padded(head_dim: int) -> int:
@@ -41,14 +42,14 @@ def choose_tile(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *
     return lookup("forward", arch, [*kinds, size])
 
 
-def form_of(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, heavy: bool) -> int:
+def form_of(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, causal: bool, heavy: bool) -> int:
     """Return the form of the kernel that a kind of call takes (see `forward`): PLAIN, AHEAD or BOTH.
 
     BOTH is for tensors that are `describable`, at addresses that are multiples of 16; others take AHEAD instead.
     """
     if arch != "sm_90" or dtype is torch.float32 or head_dim != head_dim_v or heavy:
         return PLAIN
-    return _FORMS.get(head_dim, PLAIN)
+    return _FORMS.get((head_dim, causal), PLAIN)
 
 
 def describable(*tensors: Tensor) -> bool:

@@ -69,7 +69,7 @@ FORMS = ("PLAIN", "AHEAD", "BOTH")
 
 def _take(form: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Let calls with a head size of 16 take a form; return their dtype."""
-    monkeypatch.setattr(forward_launch, "_FORMS", {16: getattr(forward, form)})
+    monkeypatch.setattr(forward_launch, "_FORMS", dict.fromkeys([(16, True), (16, False)], getattr(forward, form)))
     real = forward_launch.forward_launch
 
     def seen(*args, **kwargs):
@@ -110,7 +110,7 @@ def test_what_tma_cannot_read_takes_pointers(monkeypatch: pytest.MonkeyPatch) ->
     """Calls of one plan, at an address that is a multiple of 16 bytes and at one that is not."""
     forms: list[int] = []
     real = forward_launch.forward_launch
-    monkeypatch.setattr(forward_launch, "_FORMS", {16: forward.BOTH})
+    monkeypatch.setattr(forward_launch, "_FORMS", {(16, False): forward.BOTH})
     monkeypatch.setattr(
         forward_launch,
         "forward_launch",

@@ -162,7 +162,8 @@ class TritonAttention:
             causal=Feature.CAUSAL in spec.features, heavy=self._heavy,
         )  # fmt: skip
         self._form = forward_launch.form_of(
-            device.arch, spec.dtype, spec.head_dim, spec.head_dim_v, heavy=self._heavy
+            device.arch, spec.dtype, spec.head_dim, spec.head_dim_v,
+            causal=Feature.CAUSAL in spec.features, heavy=self._heavy,
         )  # fmt: skip
         self._fp32_products = spec.dtype is torch.float32 and device.platform == "cuda"
         # Stand in for what a launch is described with before it exists.
