@@ -109,7 +109,9 @@ def test_a_row_of_the_table_fits_its_chip(kernel: Kernel) -> None:
     # cores on NVIDIA; AMD's matrix cores take fp32. A limit on registers buys a second block per multiprocessor with a
     # few spills: where the table has one, it was timed.
     matrix = kernel.dtype != "fp32" or kernel.arch.startswith("gfx")
-    assert_fits(compiled, kernel.arch, tensor_cores=matrix, max_spills=48 if made.maxnreg else 8)
+    # The form ahead takes every register: no spill with ptxas 12.9 (Triton 3.6), up to 20 with 13.1 (3.7).
+    spills = 48 if made.maxnreg else 24 if made.constexprs["FORM"] else 8
+    assert_fits(compiled, kernel.arch, tensor_cores=matrix, max_spills=spills)
     if kernel.arch == "sm_90" and kernel.dtype == "bf16":
         assert compiled.instructions["HGMMA"] and not compiled.instructions["HMMA"]
     if made.maxnreg == 128:
