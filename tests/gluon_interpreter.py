@@ -175,8 +175,6 @@ class Machine:
         """Return what a kernel's file defines, with what it imports from its neighbours."""
         text, namespace = source.read_text(), dict(self.names)
         for module, names in re.findall(IMPORT, text, re.MULTILINE):
-            if module == "tma_reduce":
-                continue  # written in terms of the builder
             own = source.with_name(f"{module}.py")
             defined = self._define(own if own.exists() else KERNELS / own.name)
             namespace |= {name: defined[name] for name in re.findall(r"\w+", names)}
@@ -278,24 +276,6 @@ class Machine:
 
         self.copies.append(land)
 
-    def reduce(self, descriptor, start, source):
-        self.pause()
-        tile = source.values.copy()
-        waiting = self.local.reductions = getattr(self.local, "reductions", set())
-
-        def land():
-            assert np.array_equal(tile, source.values, equal_nan=True), "a tile changed under a copy from it"
-            descriptor.add(start, tile)
-            waiting.discard(land)
-
-        waiting.add(land)
-        self.copies.append(land)
-
-    def store_wait(self, pendings):
-        assert pendings == 0
-        waiting = getattr(self.local, "reductions", set())
-        self.pause(lambda: not waiting, "copies from shared memory")
-
     def arrive(self, barrier, count=1, more_bytes=0):
         self.pause()
         barrier.arrive(count, more_bytes)
@@ -391,8 +371,7 @@ class Machine:
                 MBarrierLayout=layout, init=lambda bar, count: bar.init(count), wait=self.wait, arrive=self.arrive,
                 expect=lambda bar, size: self.arrive(bar, 1, size),
             ),
-            "tma": SimpleNamespace(async_copy_global_to_shared=self.copy, store_wait=self.store_wait),
-            "add_shared_to_global": self.reduce,
+            "tma": SimpleNamespace(async_copy_global_to_shared=self.copy),
             "fence_async_shared": lambda: None,
             "warpgroup_mma": self.product,
             "warpgroup_mma_wait": self.product_wait,
