@@ -24,13 +24,13 @@ def attend_latent(
     columns = tl.arange(0, BLOCK_DV)
     columns_r = tl.arange(0, BLOCK_R)
     exponent = factor(scale, FOLD)
-    page = pages_of(begin, end, table, PAGE, BLOCK_N)
+    page = pages_of(begin, end, table, num_blocks, PAGE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        at = tokens_in(k_head, page, start, num_blocks, stride_kb, stride_ks, PAGE, BLOCK_N)[:, None]
+        at = tokens_in(k_head, page, start, stride_kb, stride_ks, PAGE, BLOCK_N)[:, None]
         latent = tl.load(at + columns[None, :], mask=within(n < end, columns, DV, BLOCK_DV), other=0.0)
         rope = tl.load(at + DV + columns_r[None, :], mask=within(n < end, columns_r, ROPE, BLOCK_R), other=0.0)
-        page = pages_of(start + BLOCK_N, end, table, PAGE, BLOCK_N)
+        page = pages_of(start + BLOCK_N, end, table, num_blocks, PAGE, BLOCK_N)
         latent = widen(latent, q.dtype, BITS)
         s = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
         s = tl.dot(q_rope, tl.trans(widen(rope, q.dtype, BITS)), s, input_precision=PRECISION)

@@ -54,20 +54,20 @@ def _attend(
     columns_v = tl.arange(0, BLOCK_W)
     exponent = factor(scale, FOLD)
     # A page is looked up one step ahead: the load of a key then waits for no other load of its step.
-    page = pages_of(begin, end, table, PAGE, BLOCK_N)
+    page = pages_of(begin, end, table, num_blocks, PAGE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        at = tokens_in(k_head, page, start, num_blocks, stride_kb, stride_ks, PAGE, BLOCK_N)
+        at = tokens_in(k_head, page, start, stride_kb, stride_ks, PAGE, BLOCK_N)
         if MASKED or D != BLOCK_D:
             k = tl.load(at[:, None] + columns[None, :], mask=within(n < end, columns, D, BLOCK_D), other=0.0)
         else:
             k = tl.load(at[:, None] + columns[None, :])
-        at = tokens_in(v_head, page, start, num_blocks, stride_vb, stride_vs, PAGE, BLOCK_N)
+        at = tokens_in(v_head, page, start, stride_vb, stride_vs, PAGE, BLOCK_N)
         if MASKED or DV != BLOCK_DV:
             v = tl.load(at[:, None] + columns_v[None, :], mask=within(n < end, columns_v, WIDTH, BLOCK_W), other=0.0)
         else:
             v = tl.load(at[:, None] + columns_v[None, :])
-        page = pages_of(start + BLOCK_N, end, table, PAGE, BLOCK_N)
+        page = pages_of(start + BLOCK_N, end, table, num_blocks, PAGE, BLOCK_N)
         s = tl.dot(q, tl.trans(widen(k, q.dtype, BITS)), input_precision=PRECISION)
         if NORM:
             s *= power[:, None]

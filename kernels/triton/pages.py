@@ -149,28 +149,25 @@ def zero_rows(
 
 
 @triton.jit
-def pages_of(start, end, table, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+def pages_of(start, end, table, num_blocks, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return the pages of the tokens [start, start + BLOCK_N): one number where PAGE says that they share it.
 
-    The table is read only before `end`. What its entries hold is `tokens_in`'s affair, a step later: nothing may wait
-    for them here.
+    The table is read only before `end`, and its entries are kept inside the cache whatever they hold.
     """
     if PAGE % BLOCK_N == 0:  # start is a multiple of BLOCK_N
         page = tl.load(table + start // PAGE, mask=start < end, other=0)
     else:
         n = start + tl.arange(0, BLOCK_N)
         page = tl.load(table + n // PAGE, mask=n < end, other=0)
-    return page
+    return tl.minimum(tl.maximum(page, 0), num_blocks - 1)
 
 
 @triton.jit
-def tokens_in(cache, page, start, num_blocks, stride_block, stride_slot, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+def tokens_in(cache, page, start, stride_block, stride_slot, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return pointers (BLOCK_N,) to the tokens [start, start + BLOCK_N) in a cache, given their pages.
 
-    Pages are kept inside the cache whatever the table holds. Blocks are far apart (64 bits); within one, 32 bits do,
-    which saves registers where the tile has one block.
+    Blocks are far apart (64 bits); within one, 32 bits do, which saves registers where the tile has one block.
     """
-    page = tl.minimum(tl.maximum(page, 0), num_blocks - 1)
     if PAGE % BLOCK_N == 0:
         slot = start % PAGE + tl.arange(0, BLOCK_N)
     else:
