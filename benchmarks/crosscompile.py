@@ -102,8 +102,6 @@ def compile_launch(launch: Launch, arch: str, **options: Any) -> Compiled:
     given: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **options}
     if launch.maxnreg and target.backend == "cuda":
         given["maxnreg"] = launch.maxnreg
-    if launch.pdl:
-        given["launch_pdl"] = True
     with assembling(launch.constexprs, target) as more:
         # The steps of JITFunction.run between its look at the device and its launch.
         bind = create_function_from_signature(fn.signature, fn.params, backend)

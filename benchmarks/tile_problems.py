@@ -281,7 +281,7 @@ def paged_data(
         for work in works:
             made.append(paged_launch.attention_launch(work, q, k, v, out, lse, part, args, chip=chip, mla=mla))
             if work.split and part is not None:
-                made.append(paged_launch.combine_launch(work, out, lse, part, args, chip=chip))
+                made.append(paged_launch.combine_launch(work, out, lse, part, args))
         return tuple(made)
 
     def verify() -> None:

@@ -127,7 +127,6 @@ LAUNCHES = {
     "rows are not specialised": scale(rows=1),
     "descriptors": product(),
     "registers": product(maxnreg=96),
-    "overlapping": product()._replace(pdl=True),
     "gluon": copy(),
 }
 

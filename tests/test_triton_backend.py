@@ -250,7 +250,7 @@ def test_plans_of_one_kind_share_what_was_compiled_and_others_do_not(stub: Stub)
     others = [
         _launch(stub, x, x, n=47), _launch(stub, x, x, m=1), _launch(stub, x, x, m=16), _launch(stub, x, x, n=2**33),
         _launch(stub, x, x, block=32), _launch(stub, half, x), _launch(stub, x, x)._replace(num_warps=8),
-        _launch(stub, x, x)._replace(maxnreg=128), _launch(stub, x, x)._replace(pdl=True),
+        _launch(stub, x, x)._replace(maxnreg=128),
         _launch(Stub(stub.arg_names), x, x),
     ]  # fmt: skip
     for made in others:

@@ -56,7 +56,7 @@ def gemm(hardware: str, sources: Sequence[Source]) -> Iterator[Plot]:
         axes.set_xlim(0, 1.03)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set_xlabel("of the fastest of the row, whose rate is at the right; after -> what was chosen")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.17, 1.0), frameon=False, fontsize=9)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.16, 1.0), frameon=False, fontsize=8.5)
         dtype = str(source.data.get("dtype", ""))
         title = f"Grouped products and layers on {hardware}" + (f", {dtype}" if dtype else "")
         title += f", {canvas.threads(source)}" if not source.about.get("gpu") and canvas.threads(source) else ""

@@ -20,7 +20,7 @@ def combine_splits(
     part_ptr, cu_seqlens, seqused_k, sinks, out_ptr, lse_ptr,
     tokens, batch, num_heads, num_splits, goal, most, low_q, high_q, part_rows,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, SEARCH: tl.constexpr, SPREAD: tl.constexpr,
-    SINKS: tl.constexpr, PDL: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one row of `paged_attention` or `mla_attention` (arguments as there).
 
@@ -45,10 +45,6 @@ def combine_splits(
         share, num_splits = shares_of(sequence, seqused_k, batch, most, goal)
         mine = mine & (num_splits > 1)  # of one share, whoever computed it wrote the result
         at = share * stride + t * num_heads + head
-    if PDL:  # noqa: SIM102
-        # One program waits in any case: this launch must not end before the one that it may overlap.
-        if mine | (row + head == 0):
-            tl.extra.cuda.gdc_wait()
     if not mine:
         return
     columns = tl.arange(0, BLOCK_DV)

@@ -104,7 +104,7 @@ def paged_attention(
     Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
     ROPE: tl.constexpr, BLOCK_R: tl.constexpr, FOLD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
     BITS: tl.constexpr, Q_BITS: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr,
-    E5M2: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    E5M2: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of rows over one split of one sequence's keys, for one key head.
 
@@ -127,10 +127,7 @@ def paged_attention(
         ROPE: for MLA, where keys have so many more channels than values and k_ptr holds both: D is then DV.
         BITS, Q_BITS: the caches, or q, are bytes of e4m3. NORM: q gives up its exponents (`row_power`).
         DTYPE: of the products. PAIRS, ASM: values of 8 bits, e4m3 or E5M2, are read in pairs (`pages.halves`).
-        PDL: `combine_splits` may be launched meanwhile, and waits.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0)
     kv_head = index % num_kv_heads
     index = index // num_kv_heads

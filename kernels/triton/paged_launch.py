@@ -62,12 +62,10 @@ class Chip(NamedTuple):
     Attributes:
         native_e4m3: convert e4m3; else the kernel does (q and caches may be uint8 views or e4m3).
         pairs: convert two FP8 numbers of a 16-bit integer (`pages.halves`): NVIDIA's from compute capability 8.9 on.
-        pdl: launch a kernel before the one that it waits for has ended (programmatic dependent launch): from 9.0 on.
     """
 
     native_e4m3: bool = True
     pairs: bool = False
-    pdl: bool = False
 
 
 def chip_of(arch: str) -> Chip:
@@ -75,7 +73,7 @@ def chip_of(arch: str) -> Chip:
     if not arch.startswith("sm_"):
         return Chip()
     number = int(arch[3:])
-    return Chip(number >= 89, number >= 89, number >= 90 and _COMPILED)
+    return Chip(number >= 89, number >= 89)
 
 
 def padded(head_dim: int) -> int:
@@ -89,7 +87,8 @@ def choose_tile(
 ) -> Tile:  # fmt: skip
     """Return the tile for so many rows of a sequence and key head (query tokens times heads that share it).
 
-    many: there are more programs than the usual tile leaves places for at a time; a smaller one may leave more.
+    many: lengths differ, or there are more programs than the usual tile leaves places for at a time: a smaller one
+    leaves more, so that whoever is done makes room for others.
     """
     height = "m16" if rows <= 16 else "m32" if rows <= 32 else "m64" if rows <= 64 else "prefill"
     size = f"d{max(64, padded(head_dim_v if mla else max(head_dim, head_dim_v)))}"
@@ -155,7 +154,6 @@ def attention_launch(
         "PRECISION": "tf32" if tf32 else "ieee", "BITS": k_cache.dtype is _E4M3 and not chip.native_e4m3,
         "Q_BITS": q.dtype is _E4M3 and not chip.native_e4m3, "NORM": norm,
         "DTYPE": product, "PAIRS": pairs, "E5M2": v_cache.dtype is torch.float8_e5m2, "ASM": _COMPILED,
-        "PDL": overlaps(work, chip),
     }  # fmt: skip
     tokens, batch = q.shape[0], args.seqused_k.shape[0]
     return Launch(
@@ -192,16 +190,7 @@ def _most(work: Work, args: PagedArgs) -> int:
     return min(left + right + work.high_q, 2**31 - 1) if left >= 0 else 2**31 - 1
 
 
-def overlaps(work: Work, chip: Chip) -> bool:
-    """Tell whether the combine may be launched before the attention has ended.
-
-    Where a mean sequence has one share most of its programs have nothing to join, and are gone by then. Elsewhere all
-    would wait for the end, which on an H200 took 3 to 5 us longer than a launch after it (2026-11-30).
-    """
-    return chip.pdl and work.goal == 1
-
-
-def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs, *, chip: Chip) -> Launch:
+def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs) -> Launch:
     """Return the launch that joins the partial results of `attention_launch`."""
     tokens, heads, head_dim_v = out.shape
     batch, together = args.seqused_k.shape[0], _JOINED
@@ -216,11 +205,10 @@ def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, ar
         ),
         constexprs={
             "DV": head_dim_v, "BLOCK_DV": padded(head_dim_v), "BLOCK_S": together, "SEARCH": work.search,
-            "SPREAD": work.goal > 0, "SINKS": args.sinks is not None, "PDL": overlaps(work, chip),
+            "SPREAD": work.goal > 0, "SINKS": args.sinks is not None,
         },
         num_warps=4,
         num_stages=2,
-        pdl=overlaps(work, chip),
     )  # fmt: skip
 
 

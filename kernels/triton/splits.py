@@ -167,7 +167,8 @@ def _decode(
     tile = tile_for(rows, False)
     blocks = -(-most * group // tile.block_m) * sizes.batch * sizes.num_kv_heads
     room = places(tile, sizes.row_bytes, gpu)
-    if blocks > room.all and not sizes.batch_invariant:
+    uneven = sizes.batch > 1 and not sizes.even
+    if (blocks > room.all or uneven) and not sizes.batch_invariant:
         tile = tile_for(rows, True)
         room = places(tile, sizes.row_bytes, gpu)
     tiles = -(-most * group // tile.block_m)
@@ -178,8 +179,9 @@ def _decode(
     elif not num_splits:
         blocks = tiles * sizes.batch * sizes.num_kv_heads
         num_splits = choose_splits(blocks, room, _keys(sizes))
-        # Where lengths may differ, a long sequence may need shares though the mean one does not.
-        if sizes.batch > 1 and not sizes.even and blocks < 4 * room.all and _keys(sizes) > 2 * MIN_SPLIT:
+        # Where lengths may differ, a long sequence may need shares though the mean one does not; unless most places are
+        # taken as it is.
+        if uneven and 5 * blocks < 4 * room.all and _keys(sizes) > 2 * MIN_SPLIT:
             goal, num_splits = num_splits, sizes.batch * (num_splits + 1)
     # A sink is added where splits are joined, or with one split in the kernel: equal numbers, but not equal bits.
     split = num_splits > 1 or bool(fixed and sizes.sinks)

@@ -127,6 +127,6 @@ class TritonPaged:
 
             joined = None
             if work.split and part is not None:
-                joined = Bound(paged_launch.combine_launch(work, out, lse, part, args, chip=self._chip))
+                joined = Bound(paged_launch.combine_launch(work, out, lse, part, args))
             launches.append((Bound(made_of=(work.tile, make)), joined))
         return Prepared(launches, scratch, out, lse, self._chip.native_e4m3)
