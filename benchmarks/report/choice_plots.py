@@ -84,7 +84,7 @@ def regret(hardware: str, sources: Sequence[Source]) -> Iterator[Plot]:
         if top > 6:
             axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-        axes.set_xlabel("time of the backend taken over that of the fastest (1: within the noise of the two)")
+        axes.set_xlabel("time of the chosen one over the fastest (1: within their noise)")
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, fontsize=9, borderaxespad=0.2)
         hidden = f" (the {MOST_ROWS} worst of {len(apart)} that differ)" if len(apart) > MOST_ROWS else ""
         title = f"Regret on {hardware}: {len(found)} unseen calls{hidden}"

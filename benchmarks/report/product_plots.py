@@ -46,7 +46,7 @@ def gemm(hardware: str, sources: Sequence[Source]) -> Iterator[Plot]:
         rows = [
             {name: rate / top for name, rate in product.rates.items()} for product, top in zip(found, best, strict=True)
         ]
-        figure, axes = canvas.new(9.5, 0.7 + 0.4 * len(rows))
+        figure, axes = canvas.new(10.5, 0.7 + 0.4 * len(rows))
         looks = canvas.styles(canvas.ordered(name for row in rows for name in row))
         for name, (x, y) in canvas.dodged(rows, list(looks)).items():
             axes.scatter(x, y, label=name, clip_on=False, zorder=3, **canvas.dots(looks[name]))
