@@ -43,7 +43,7 @@ def evidence(folder: Path = ROOT / "benchmarks" / "results") -> dict[str, set[st
     """Return, for each described device, the backends that a file says ran there, right; "gemm:x" for products."""
     ran: dict[str, set[str]] = {name: set() for name in PRESETS}
     for source in read([folder])[0]:
-        if source.kind != "conformance":
+        if not source.checked:
             continue
         for name, device in PRESETS.items():
             if source.on_cpu if device.type == "cpu" else source.hardware == device.name:

@@ -25,8 +25,10 @@ def test_evidence_is_what_ran_and_was_right(tmp_path: Path) -> None:
     write("c", "cuda:0 (Some other GPU, sm_80)", ("sdpa_flash", "ran"))
     cases = {"triton": {"rows": "right"}, "cublas": {"rows": "refused: it is grouped"}, "cutlass": {"rows": "FAILED x"}}
     (tmp_path / "d.json").write_text(json.dumps({"about": {"gpu": "NVIDIA A100"}, "cases": cases}))
+    checks = [{"engine": e, "ok": ok} for e, ok in (("cutlass", True), ("triton without TMA", False))]
+    (tmp_path / "e.json").write_text(json.dumps({"about": {"gpu": "NVIDIA A100"}, "checks": checks, "timed": []}))
     found = matrix.evidence(tmp_path)
-    assert found["a100"] == {"flash_attn_2", "gemm:triton"}
+    assert found["a100"] == {"flash_attn_2", "gemm:triton", "gemm:cutlass"}
     assert found["cpu"] == {"cpu"}
     assert not any(found[name] for name in found if name not in ("a100", "cpu"))
 

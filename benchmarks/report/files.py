@@ -47,6 +47,11 @@ class Source:
         device = str(self.about.get("device", ""))
         return device.startswith("cpu") or not (device or self.about.get("gpu"))
 
+    @property
+    def checked(self) -> bool:
+        """Tell whether it says which backends were right, as a conformance file and `benchmarks.gpu_gemm` do."""
+        return self.kind == "conformance" or (isinstance(self.data, dict) and bool(self.data.get("checks")))
+
     def caption(self) -> str:
         """Say in one line where a number comes from."""
         about = self.about

@@ -118,7 +118,7 @@ def _longest(members: Sequence[str], sources: Sequence[Source]) -> str:
 def _conformance(members: Sequence[str], sources: Sequence[Source]) -> str:
     counts: dict[str, dict[str, int]] = {}
     for source in sources:
-        if source.kind == "conformance":
+        if source.checked:
             for backend, outcome in outcomes(source):
                 if backend in members and outcome in ("ran", "refused", "failed", "wrong"):
                     count = counts.setdefault(backend, {"ran": 0, "refused": 0, "wrong": 0})
@@ -133,6 +133,8 @@ def outcomes(source: Source) -> list[tuple[str, str]]:
         texts = [(f"gemm:{backend}", text) for backend, found in cases.items() for text in found.values()]
         words = {"right": "ran", "refused": "refused", "FAILED": "failed", "not": "unavailable"}
         return [(backend, words[text.split(" ")[0].rstrip(":")]) for backend, text in texts]
+    if checks := source.data.get("checks"):  # of `benchmarks.gpu_gemm`: "triton without TMA" is triton
+        return [(f"gemm:{row['engine'].split(' ')[0]}", "ran" if row["ok"] else "failed") for row in checks]
     rows = source.data["results"]
     return [(str(row.get("backend") or str(row.get("name", "")).split(" ")[0]), str(row["outcome"])) for row in rows]
 
