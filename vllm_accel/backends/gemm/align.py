@@ -24,6 +24,7 @@ def row_major(t: Tensor) -> Tensor:
     wide = t.new_empty((*lead, round_up(columns, BYTES // t.element_size())))
     rows = wide[..., :columns]
     rows.copy_(t)
+    wide[..., columns:].zero_()  # PyTorch's kernels may read it (`even_k`)
     return rows
 
 
@@ -47,6 +48,15 @@ def padded(t: Tensor, rows: int, columns: int) -> Tensor:
     if t.element_size() == 1 and t.is_floating_point():  # no padding kernel for FP8: zero is all bits zero
         return torch.nn.functional.pad(t.view(torch.uint8), (0, add[0], 0, add[1])).view(t.dtype)
     return torch.nn.functional.pad(t, (0, add[0], 0, add[1]))
+
+
+def even_k(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill an odd K up with zeros, for 16-bit products on a CPU.
+
+    With AMX oneDNN reads pairs, so one element past an odd row of a, and multiplies it by zero: a NaN in the next row or
+    in what a view leaves out, becomes a NaN of this row (torch 2.13, bf16, 17 rows and more, 2026-11-30).
+    """
+    return (padded(a, 1, 2), padded(b, 2, 1)) if a.shape[-1] % 2 else (a, b)
 
 
 def copies(spec: GemmSpec, sizes: GemmSizes, *, a_rows: bool | None = None, b_rows: bool | None = None) -> str | None:
