@@ -53,8 +53,8 @@ def padded(t: Tensor, rows: int, columns: int) -> Tensor:
 def even_k(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Fill an odd K up with zeros, for 16-bit products on a CPU.
 
-    With AMX oneDNN reads pairs, so one element past an odd row of a, and multiplies it by zero: a NaN in the next row or
-    in what a view leaves out, becomes a NaN of this row (torch 2.13, bf16, 17 rows and more, 2026-11-30).
+    With AMX oneDNN reads pairs, so one element past an odd row of a, and multiplies it by zero: a NaN there, of the
+    next row or of what a view leaves out, becomes a NaN of this row (torch 2.13, bf16, 17 rows and more, 2026-11-30).
     """
     return (padded(a, 1, 2), padded(b, 2, 1)) if a.shape[-1] % 2 else (a, b)
 
