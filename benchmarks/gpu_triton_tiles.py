@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import tile_problems
-from benchmarks.tile_problem import Data, Where
+from benchmarks.tile_problem import Data, Where, unwritten
 from vllm_accel.dispatch.device import detect
 from vllm_accel.kernels.triton.launch import Launch, run
 from vllm_accel.kernels.triton.tiles import Tile, lookup
@@ -161,7 +161,8 @@ def _gluon_data(
         torch.randn((batch, s, n, d), device=where.device).to(_BF16)
         for s, n in ((lengths[0], heads), (lengths[1], kv_heads), (lengths[1], kv_heads))
     )
-    out, lse = torch.empty_like(q), torch.empty((batch, heads, lengths[0]), device=where.device)
+    out = unwritten(q.shape, q.dtype, where.device)
+    lse = unwritten((batch, heads, lengths[0]), torch.float32, where.device)
 
     def launches(variant: Any) -> tuple[Launch, ...]:
         return (

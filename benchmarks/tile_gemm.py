@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.tile_problem import Data, Entry, Where, random_tensor, tiles
+from benchmarks.tile_problem import Data, Entry, Where, random_tensor, tiles, unwritten
 from vllm_accel.kernels.triton.grouped_gemm import BATCH, DEPTH, ROWS
 from vllm_accel.kernels.triton.grouped_gemm_launch import Scale, gemm_launches, natively_fp8
 from vllm_accel.kernels.triton.launch import Launch
@@ -111,12 +111,12 @@ def gemm_data(where: Where, kind: Kind, shape: Shape, counts: Sequence[int] | No
     if kind.form == DEPTH:
         a = random_tensor((rows, k), dtype, where, 0).t()
         b = random_tensor((rows, n), dtype, where, 1)
-        out = torch.empty((groups, k, n), dtype=out_dtype, device=where.device)
+        out = unwritten((groups, k, n), out_dtype, where.device)
     else:
         lead = (groups,) if kind.form == BATCH else ()
         a = random_tensor((*lead, rows // groups if lead else rows, k), dtype, where, 0)
         b = random_tensor((groups, n, k), dtype, where, 1).mT
-        out = torch.empty((*a.shape[:-1], n), dtype=out_dtype, device=where.device)
+        out = unwritten((*a.shape[:-1], n), out_dtype, where.device)
     scales, oracle = _factors(where, kind, a, b)
 
     def launches(tile: Tile) -> tuple[Launch, ...]:

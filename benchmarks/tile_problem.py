@@ -57,3 +57,8 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, where: Where, seed
         return torch.empty(shape, dtype=dtype, device="meta")
     generator = torch.Generator(where.device).manual_seed(seed)
     return torch.randn(shape, device=where.device, generator=generator).to(dtype)
+
+
+def unwritten(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a result that nobody wrote: NaN, because empty memory may hold the right numbers of an earlier run."""
+    return torch.full(shape, float("nan"), dtype=dtype, device=device)

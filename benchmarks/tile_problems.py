@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.tile_gemm import grouped_gemm
-from benchmarks.tile_problem import Data, Entry, Where, random_tensor, tiles
+from benchmarks.tile_problem import Data, Entry, Where, random_tensor, tiles, unwritten
 from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
 from vllm_accel.kernels.triton import backward_launch as bwd
 from vllm_accel.kernels.triton import forward_launch, paged_launch, splits
@@ -93,7 +93,8 @@ def forward_data(
     batch: int, lengths: tuple[int, int], heads: int, kv_heads: int,
 ) -> Data:  # fmt: skip
     q, k, v, _ = _inputs(where, d, dtype, batch, lengths, heads, kv_heads)
-    out, lse = torch.empty_like(q), torch.empty((batch, heads, lengths[0]), device=where.device)
+    out = unwritten(q.shape, q.dtype, where.device)
+    lse = unwritten((batch, heads, lengths[0]), torch.float32, where.device)
     options = _options(kind, heads, where)
     args = _attention_args(lengths, d, **options)
 
@@ -138,8 +139,9 @@ def backward_data(
     bias = random_tensor((1, heads, *lengths), dtype, where, 9) if part == "bias" else None
     options = _options(kind or "_causal", heads, where)
     args = _attention_args(lengths, d, attn_bias=bias, **options)
-    out, lse = torch.empty_like(q), torch.empty((batch, heads, lengths[0]), device=where.device)
-    delta = torch.empty_like(lse)
+    out = unwritten(q.shape, q.dtype, where.device)
+    lse = unwritten((batch, heads, lengths[0]), torch.float32, where.device)
+    delta = unwritten(lse.shape, lse.dtype, where.device)
     problem = bwd.Problem(
         q, k, v, out, lse, None, dout, None, None, None, args.alibi_slopes, bias, None, None, None, None,
         *lengths, args.softmax_scale, (-1, 0), args.softcap, 0.0, False,
@@ -148,7 +150,7 @@ def backward_data(
         choice = forward_launch.choose_tile(where.arch, dtype, d, d, causal=True, heavy=True)
         run(forward_launch.forward_launch(q, k, v, out, lse, None, args, choice))
         run(bwd.delta_launch(problem, delta))
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    dk, dv = (unwritten(t.shape, t.dtype, where.device) for t in (k, v))
     dq = torch.zeros(q.shape, dtype=torch.float32 if part == "fused" else dtype, device=where.device)
     made: list[Tensor] = []
 
@@ -163,9 +165,7 @@ def backward_data(
             return (bwd.dq_launch(problem, delta, dq, None, tile),)
         if part == "bias":
             parts = bwd.bias_parts(problem, tile)
-            made[:] = [
-                torch.empty((parts, 1, heads, *lengths), dtype=dtype if parts == 1 else torch.float32, device=q.device)
-            ]
+            made[:] = [unwritten((parts, 1, heads, *lengths), dtype if parts == 1 else torch.float32, q.device)]
             return (bwd.bias_launch(problem, delta, made[0], tile),)
         dq.zero_()
         return (bwd.dkv_launch(problem, delta, dk, dv, dq if part == "fused" else None, tile),)
@@ -268,8 +268,8 @@ def paged_data(
         ints(torch.arange(batch + 1) * queries), ints(order.view(batch, per_sequence)), ints(torch.tensor(used)),
         None, None, None, None, None, queries, max(used), d**-0.5, True, (-1, -1), 0.0, True, False, False,
     )  # fmt: skip
-    out = torch.empty((*q.shape[:2], d_v), dtype=dtype, device=where.device)
-    lse = torch.empty((q.shape[1], q.shape[0]), device=where.device)
+    out = unwritten((*q.shape[:2], d_v), dtype, where.device)
+    lse = unwritten((q.shape[1], q.shape[0]), torch.float32, where.device)
     chip = paged_launch.chip_of(where.arch)
 
     def launches(tile: Tile, num_splits: int = 0, chip: paged_launch.Chip = chip) -> tuple[Launch, ...]:
