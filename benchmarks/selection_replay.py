@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     for case in cases:
         print(say(case))
-    verdict: Any = judge(cases)
+    verdict = judge(cases)
     print("", conclude(verdict), sep="\n")
     return 1 if verdict.complaints else 0
 

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from vllm_accel.kernels.triton.launch import Launch, run
+from vllm_accel.kernels.triton.launch import Launch, listening, run
 
 #: Releases whose launcher was read (backends/nvidia/driver.py): it encodes descriptors by attributes, from any object.
 _DIRECT = triton.__version__.startswith("3.6.")
@@ -54,7 +54,7 @@ class Bound:
     def __call__(self, *args: Any) -> None:
         """Launch on these tensors (in place of each descriptor its tensor) and floats."""
         compiled = _compiled.get(self._key)
-        if compiled is None or _listening():
+        if compiled is None or listening():
             self._first(*args)
             return
         launcher, function, metadata = compiled
@@ -68,9 +68,3 @@ class Bound:
         kernel = run(self._launch._replace(args=(*described, *args[len(described) :], *self._launch.args)))
         if _DIRECT:
             _compiled[self._key] = (kernel.run, kernel.function, kernel.packed_metadata)
-
-
-def _listening() -> bool:
-    """Tell whether somebody wants to hear of each launch (a profiler); chains of hooks are empty lists otherwise."""
-    hooks = (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)
-    return any(getattr(hook, "calls", hook) for hook in hooks)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_accel.kernels.triton.launch import Bound, Launch, _goes_direct, _listening, run
+from vllm_accel.kernels.triton.launch import Bound, Launch, _goes_direct, listening, run
 
 #: Tensors of the kernel after its two descriptors: a, b, out, offs, bias, gather, a_scale, b_scale.
 _TENSORS = 8
@@ -77,7 +77,7 @@ class BoundGemm:
             return
         a, b = tensors[0], tensors[1]
         compiled = self._compiled.get(misaligned)
-        if compiled is None or _listening():
+        if compiled is None or listening():
             self._first(tensors, misaligned)
             return
         launcher, function, metadata = compiled

@@ -52,7 +52,7 @@ def contiguous(options: Options) -> Options:
     return alibi, sinks, q, k, v
 
 
-#: False under the interpreter, which knows neither PTX nor launches that overlap.
+#: False under the interpreter, which knows no PTX.
 _COMPILED = isinstance(paged_attention, triton.runtime.JITFunction)
 
 

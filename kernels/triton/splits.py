@@ -112,7 +112,7 @@ def choose_splits(blocks: int, room: Places, keys: int, most: int = MAX_SPLITS) 
     """Return how many splits suit a launch of `blocks` programs.
 
     Programs run in waves of `room.all`; the last one takes as long as one of `room.busy` where it has fewer, since each
-    program waits for memory most of the time. Of the numbers with at least MIN_SPLIT keys a split that come within 10 %
+    program waits for memory most of the time. Of the numbers with at least MIN_SPLIT keys a split that come within 5 %
     of the shortest time the smallest is taken: more splits mean more partial results to write and join. From four waves
     on, none.
     """

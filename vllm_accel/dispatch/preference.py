@@ -37,7 +37,8 @@ _ATTENTION: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 #: Queries a sequence up to which `gluon_hopper` goes behind `triton`: one query fills a 64th of its tile and nothing
-#: shares out the keys. 2 to 4 times as slow on an H200 (bf16, 1 to 64 sequences of 8k and 32k keys, 2026-11-30).
+#: shares out the keys. 2.0 to 6.8 times the device's time on an H200 (bf16, 1 to 64 sequences of 8k and 32k keys,
+#: vllm_accel/data/tables/nvidia_h200.json).
 _FEW_QUERIES = 8
 
 #: Head sizes up to which a forward pass takes `triton` before `gluon_hopper`: its programs are smaller (64 rows,
@@ -45,7 +46,7 @@ _FEW_QUERIES = 8
 #: of head size 64, without a mask, in benchmarks/results/h200/selection.json (2026-11-30).
 _NARROW = 64
 #: `cublas` has no groups that leave the host alone. Our Triton kernel is before PyTorch's: it takes every form, scaling
-#: and stride without a copy, and printed 0.98 to 1.31 times the speed of torch._grouped_mm on an H200
+#: and stride without a copy, at 0.97 to 1.40 times the speed of torch._grouped_mm on an H200
 #: (docs/gemm_kernels.md).
 _GEMM: tuple[str, ...] = (
     "cublas", "deep_gemm", "triton", "cutlass", "torch_grouped", "tensorrt_llm", "cpu", "reference",

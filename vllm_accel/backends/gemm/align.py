@@ -24,7 +24,6 @@ def row_major(t: Tensor) -> Tensor:
     wide = t.new_empty((*lead, round_up(columns, BYTES // t.element_size())))
     rows = wide[..., :columns]
     rows.copy_(t)
-    wide[..., columns:].zero_()  # PyTorch's kernels may read it (`even_k`)
     return rows
 
 
