@@ -87,9 +87,6 @@ class TritonPaged:
         options = paged_launch.options_of(args)
         if any(t is not None for t in options):
             options = paged_launch.contiguous(options)
-            alibi, sinks, *descales = options
-            args = args._replace(alibi_slopes=alibi, sinks=sinks)
-            args = args._replace(q_descale=descales[0], k_descale=descales[1], v_descale=descales[2])
             kinds = tuple([None if t is None else (t.dim(), t.dtype) for t in options])
         table = args.block_table
         tf32 = self._fp32_products and tf32_allowed()
@@ -100,7 +97,9 @@ class TritonPaged:
         )  # fmt: skip
         prepared = self._prepared.get(key)
         if prepared is None:
-            prepared = self.prepare(q, k_cache, v_cache, args, tf32)
+            alibi, sinks, q_by, k_by, v_by = options
+            tidy = args._replace(alibi_slopes=alibi, sinks=sinks, q_descale=q_by, k_descale=k_by, v_descale=v_by)
+            prepared = self.prepare(q, k_cache, v_cache, tidy, tf32)
             if len(self._prepared) >= _KEPT:
                 self._prepared.clear()
             self._prepared[key] = prepared
