@@ -35,7 +35,7 @@ def works(device: Device) -> tuple[Work, ...]:
 
 def tuned(device: Device) -> tuple[AttentionProblem, ...]:
     """Return the points of the grid for these kinds of work, the middle ones first."""
-    columns = [[work.problem(p, dtype) for dtype in work.dtypes for p in work.points] for work in works(device)]
+    columns = [work.grid(work.dtypes) for work in works(device)]
     flat = (problem for column in itertools.zip_longest(*columns) for problem in column if problem is not None)
     return tuple(problem for problem in flat if _fits(problem, device))
 

@@ -21,10 +21,11 @@ from vllm_accel.cli import main
 from vllm_accel.cli.tune import budget, line
 from vllm_accel.dispatch import built, measured, quarantine, registry, warm
 from vllm_accel.dispatch import settings as settings_module
+from vllm_accel.dispatch.cost import GPU, fitted
 from vllm_accel.dispatch.device import detect, preset
-from vllm_accel.dispatch.estimate import distance_of
+from vllm_accel.dispatch.estimate import distance_of, estimates
 from vllm_accel.dispatch.spec import Feature
-from vllm_accel.dispatch.table_file import parse
+from vllm_accel.dispatch.table_file import Row, Timing, parse
 from vllm_accel.tuning import attention, build, families, grid, timing, trial, tune
 from vllm_accel.tuning.attention import AttentionProblem
 from vllm_accel.tuning.gemm import GemmProblem, Product
@@ -342,6 +343,30 @@ def test_between_points_of_the_grid_something_is_near() -> None:
         p = problem(shape, torch.bfloat16)
         spec = p.explain(p.make(torch.device("meta")), where).spec
         assert any(distance_of(spec, other) is not None for other in known), shape
+
+
+@pytest.mark.parametrize("by_query_heads", [True, False])
+def test_the_grid_tells_whether_keys_are_read_for_each_query_head(by_query_heads: bool) -> None:
+    # An H200: a kernel that reads keys once for each query head was expected at half of its time with seven heads a key
+    # head, since every decode of the grid had four.
+    def device_time(spec: Any) -> float:
+        heads = spec.num_heads if by_query_heads else spec.num_kv_heads * 4
+        return 5e-6 + 1e-10 * spec.batch * heads * spec.seqlen_k
+
+    def spec_for(p: AttentionProblem) -> Any:
+        return p.explain(p.make(torch.device("meta")), where).spec
+
+    where = preset("h200")
+    bf16 = [p for p in grid.attention_grid(where) if p.shape.kind == "decode" and p.dtype is torch.bfloat16]
+    known = [spec_for(p) for p in bf16 if not p.shape.lengths and p.shape.head_dim == 128]
+    model = fitted([(spec, device_time(spec)) for spec in known])
+    assert model is not None
+    rows = [Row("attention", spec, {"toy": Timing(device_time(spec), 0.0)}) for spec in known]
+    asked = spec_for(
+        problem(Shape("x", "decode", batch=42, seqlen_q=1, seqlen_k=653, heads=28, kv_heads=4), torch.bfloat16)
+    )
+    found = estimates(asked, rows, {"toy": model}, GPU)["toy"]
+    assert found.seconds == pytest.approx(device_time(asked), rel=0.05)
 
 
 def test_a_padded_batch_is_checked_with_its_mask() -> None:

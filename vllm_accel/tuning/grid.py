@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +32,8 @@ class Work:
         kind, heads, kv_heads, head_dim, head_dim_v, causal, window, block_size, padded: as in `Shape`.
         packed: sequences of several lengths, packed. dtypes: to measure, in this order.
         points: (sequences, query length, key length), most telling first.
+        regrouped: points with other (heads, kv_heads): what a kernel reads once for each query head and what once for
+            each key head are in one ratio everywhere else, and a model cannot tell them apart.
     """
 
     kind: Kind
@@ -46,6 +48,14 @@ class Work:
     block_size: int = 0
     packed: bool = False
     padded: bool = False
+    regrouped: tuple[tuple[tuple[int, int], tuple[int, int, int]], ...] = ()
+
+    def grid(self, dtypes: Iterable[torch.dtype]) -> list[AttentionProblem]:
+        """Return the calls to measure."""
+        usual = [(self, point) for point in self.points]
+        apart = [(replace(self, heads=h, kv_heads=h_kv), point) for (h, h_kv), point in self.regrouped]
+        calls = (*usual[: len(apart)], *apart, *usual[len(apart) :])
+        return [work.problem(point, dtype) for dtype in dtypes for work, point in calls]
 
     def problem(self, point: tuple[int, int, int], dtype: torch.dtype, lengths_seed: int = 0) -> AttentionProblem:
         """Return one call of this kind."""
@@ -102,10 +112,9 @@ def _fitting(kinds: Iterable[Work], device: Device) -> tuple[AttentionProblem, .
 
 
 def _by_turns(kinds: Iterable[Work]) -> Iterator[AttentionProblem]:
-    lists = [[work.problem(point, dtype) for point in work.points for dtype in work.dtypes[:1]] for work in kinds]
-    yield from _flat(lists)
-    lists = [[work.problem(point, dtype) for point in work.points for dtype in work.dtypes[1:]] for work in kinds]
-    yield from _flat(lists)
+    kinds = list(kinds)
+    yield from _flat([work.grid(work.dtypes[:1]) for work in kinds])
+    yield from _flat([work.grid(work.dtypes[1:]) for work in kinds])
 
 
 def _flat(lists: list[list[AttentionProblem]]) -> Iterator[AttentionProblem]:
@@ -142,9 +151,10 @@ def gpu_attention() -> tuple[Work, ...]:
     decode = _caches((1, 4, 16, 64), (1,), (512, 2048, 8192, 32768))
     chunk = _caches((1, 4), (128, 512, 2048), (2048, 8192, 32768))
     train = _lattice((1, 4), (512, 2048, 8192))
+    eight = tuple(((64, 8), point) for point in ((16, 1, 2048), (4, 1, 8192), (16, 1, 512), (64, 1, 2048)))
     return (
         Work("prefill", 32, 8, 128, both, square),
-        Work("decode", 32, 8, 128, both, decode),
+        Work("decode", 32, 8, 128, both, decode, regrouped=eight),
         Work("prefill", 32, 8, 128, both, wide, packed=True),
         Work("prefill", 32, 8, 128, both, chunk),
         Work("train", 32, 8, 128, both, train),
