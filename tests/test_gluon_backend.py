@@ -185,7 +185,7 @@ def test_a_second_call_goes_straight_to_the_launcher(monkeypatch):
 
 
 #: Small cases of each kind that our own backward takes.
-TRAINING = [case for case in CASES if case.grad and not case.varlen and max(case.head_dim, case.head_dim_v) <= 128]
+TRAINING = [case for case in CASES if case.grad and max(case.head_dim, case.head_dim_v) <= 128]
 
 
 @pytest.mark.parametrize("case", TRAINING, ids=lambda case: case.name)

@@ -12,6 +12,7 @@ and delta by ordinary loads, which need no alignment. They meet at mbarriers onl
 
     kv_full         K and V have arrived                 1 arrival (the producer's expect) + their bytes
     full[s]         the tiles and rows of slot s are there   2 arrivals (expect, and the rows' stores) + its bytes
+    full[STAGES]    packed: a sequence's last tiles have arrived, and the producer zeroes what is past the end
     empty[s]        every consumer is done with slot s   1 arrival per consumer
 
 The n-th block lives in slot n % STAGES; parities are those of `forward_sm90`.
@@ -38,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from vllm_accel.kernels.gluon.forward_sm90 import as_matrix, partition_barrier, zero_rows_from
+from vllm_accel.kernels.gluon.forward_sm90 import as_matrix, partition_barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = gl.constexpr(64)  # keys of one consumer: the M of one wgmma
@@ -94,9 +95,25 @@ def keys_at(index, tiles, BM: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.con
 
 
 @gluon.jit
+def zero_past_end(tile, left, BM: gl.constexpr, D: gl.constexpr):
+    """Zero a tile's rows from `left` on, by one warp: they are another sequence's and may hold NaN, and a sum over rows
+    is 0 * NaN with them."""
+    CHUNK: gl.constexpr = 8
+    WIDTH: gl.constexpr = D if D < 64 else 64
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    for i in gl.static_range(BM // CHUNK):
+        if left < (i + 1) * CHUNK:
+            rows = i * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))
+            for j in gl.static_range(D // WIDTH):
+                part = tile.slice(i * CHUNK, CHUNK).slice(j * WIDTH, WIDTH, 1)
+                values = part.load(LAYOUT)
+                part.store(gl.where((rows < left)[:, None], values, gl.zeros_like(values)))
+
+
+@gluon.jit
 def producer(
     q_desc, k_desc, v_desc, do_desc, lse, delta, shared, tiles, queries_per_key_head,
-    BM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr,
+    BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr,
 ):  # fmt: skip
     k_s, v_s, q_s, do_s, lse_s, delta_s, kv_full, full, empty = shared
     LINE: gl.constexpr = gl.BlockedLayout([BM // 32], [32], [1], [0])
@@ -118,16 +135,27 @@ def producer(
         for block in range(start, blocks):
             slot = n % STAGES
             at = block * BM
-            here = rows < len_q - at
+            left = len_q - at
+            here = rows < left
             row_lse = gl.load(lse + line + at + rows, mask=here, other=float("inf")) * LOG2E
             row_delta = gl.load(delta + line + at + rows, mask=here, other=0.0)
             mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
-            mbarrier.expect(full.index(slot), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
+            arrival = slot
+            if VARLEN:
+                arrival = gl.where(left < BM, STAGES, slot)
+            mbarrier.expect(full.index(arrival), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
             at += first_q
-            tma.async_copy_global_to_shared(q_desc, [batch, head, at, 0], full.index(slot), q_s.index(slot))
-            tma.async_copy_global_to_shared(do_desc, [batch, head, at, 0], full.index(slot), do_s.index(slot))
+            tma.async_copy_global_to_shared(q_desc, [batch, head, at, 0], full.index(arrival), q_s.index(slot))
+            tma.async_copy_global_to_shared(do_desc, [batch, head, at, 0], full.index(arrival), do_s.index(slot))
             lse_s.index(slot).store(row_lse)
             delta_s.index(slot).store(row_delta)
+            if VARLEN:  # noqa: SIM102 - the one is decided by the compiler, the other by the GPU
+                if left < BM:  # one block of each head, or none
+                    mbarrier.wait(full.index(STAGES), (head - key_head * queries_per_key_head) & 1)
+                    zero_past_end(as_matrix(q_s.index(slot)), left, BM, D)
+                    zero_past_end(as_matrix(do_s.index(slot)), left, BM, D)
+                    fence_async_shared()  # what ordinary stores wrote is read by wgmma, through the other proxy
+                    mbarrier.arrive(full.index(slot), count=1)
             mbarrier.arrive(full.index(slot), count=1)
             n += 1
 
@@ -163,24 +191,13 @@ def operand(x, D: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def clear_past_end(c, q, do, left, BM: gl.constexpr, D: gl.constexpr, VARLEN: gl.constexpr):
-    """Zero the rows of a packed sequence's last block from `left` on: they are others' and may hold NaN, and a sum over
-    rows is 0 * NaN with them. The consumers share the rows out, and meet before their first product with them."""
-    if VARLEN:  # noqa: SIM102 - the one is decided by the compiler, the other by the GPU
-        if left < BM:
-            zero_rows_from(q, left, c, BM, D, 2)
-            zero_rows_from(do, left, c, BM, D, 2)
-
-
-@gluon.jit
 def first_step(
-    c, shift, left, k, v, q_s, do_s, lse_s, delta_s, full, scale,
-    BM: gl.constexpr, D: gl.constexpr, MASKED: gl.constexpr, VARLEN: gl.constexpr,
+    shift, k, v, q_s, do_s, lse_s, delta_s, full, scale,
+    BM: gl.constexpr, D: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Return the operands of block 0's products for dV and dK."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     mbarrier.wait(full.index(0), 0)
-    clear_past_end(c, as_matrix(q_s.index(0)), as_matrix(do_s.index(0)), left, BM, D, VARLEN)
     s, dp = products(k, v, as_matrix(q_s.index(0)), as_matrix(do_s.index(0)), BM)
     s, dp = warpgroup_mma_wait(0, deps=[s, dp])
     p = probabilities(s, lse_s.index(0).load(gl.SliceLayout(0, S)), shift, scale, BM, MASKED)
@@ -190,9 +207,8 @@ def first_step(
 
 @gluon.jit
 def step(
-    c, n, shift, left, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p, ds, scale,
+    n, shift, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p, ds, scale,
     BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, OVERLAP: gl.constexpr,
-    VARLEN: gl.constexpr,
 ):  # fmt: skip
     """Add a block's part to dV and dK: block n's, or with OVERLAP that of block n - 1, whose operands are p and ds."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -202,7 +218,6 @@ def step(
     q = as_matrix(q_s.index(slot))
     do = as_matrix(do_s.index(slot))
     mbarrier.wait(full.index(slot), parity)
-    clear_past_end(c, q, do, left, BM, D, VARLEN)
     s, dp = products(k, v, q, do, BM)
     # The second and third wait for `full` have passed already. But a wait on an mbarrier is a loop of its own, and
     # without that boundary ptxas moves the next wait for products above the arithmetic.
@@ -302,9 +317,7 @@ def consume(
     row = first + len_q - len_k  # the first that sees the consumer's first key
     n = 0
     if OVERLAP != 0:
-        p, ds = first_step(
-            c, row - start * BM, len_q - start * BM, k, v, q_s, do_s, lse_s, delta_s, full, scale, BM, D, CAUSAL, VARLEN
-        )
+        p, ds = first_step(row - start * BM, k, v, q_s, do_s, lse_s, delta_s, full, scale, BM, D, CAUSAL)
         if OVERLAP == 1:
             dv = warpgroup_mma(p, as_matrix(do_s.index(0)), dv, is_async=True)
             dv, p = warpgroup_mma_wait(0, deps=[dv, p])
@@ -316,14 +329,14 @@ def consume(
         if CAUSAL:
             for block in range(begin, free):
                 dk, dv, p, ds = step(
-                    c, n, row - block * BM, len_q - block * BM, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p,
-                    ds, scale, BM, D, STAGES, True, OVERLAP, VARLEN,
+                    n, row - block * BM, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p, ds, scale,
+                    BM, D, STAGES, True, OVERLAP,
                 )  # fmt: skip
                 n += 1
-        for block in range(gl.maximum(begin, free), blocks):
+        for _block in range(gl.maximum(begin, free), blocks):
             dk, dv, p, ds = step(
-                c, n, 0, len_q - block * BM, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p, ds, scale,
-                BM, D, STAGES, False, OVERLAP, VARLEN,
+                n, 0, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p, ds, scale,
+                BM, D, STAGES, False, OVERLAP,
             )  # fmt: skip
             n += 1
     if OVERLAP != 0:
@@ -368,9 +381,10 @@ def attention_dkv(
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, BM], LINE)
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, BM], LINE)
     kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full.index(0), count=1)
+    mbarrier.init(full.index(STAGES), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=2)
         mbarrier.init(empty.index(i), count=2)
@@ -390,7 +404,7 @@ def attention_dkv(
                         STAGES, CAUSAL, VARLEN, OVERLAP)),
             (consumer, (1, shared, results, tiles, queries_per_key_head, softmax_scale, BM, D, HEAD_DIM, HEAD_DIM_V,
                         STAGES, CAUSAL, VARLEN, OVERLAP)),
-            (producer, (q_desc, k_desc, v_desc, do_desc, lse, delta, shared, tiles, queries_per_key_head, BM, STAGES,
+            (producer, (q_desc, k_desc, v_desc, do_desc, lse, delta, shared, tiles, queries_per_key_head, BM, D, STAGES,
                         CAUSAL, VARLEN)),
         ],
         [4, 1],

@@ -157,8 +157,8 @@ class GluonAttention:
         dout: Tensor,
         dlse: Tensor | None,
     ) -> AttentionGrads:
-        """Return the gradients; packed calls and head sizes above 128 take our Triton kernels (same lse and out)."""
-        if self._backward is not None and args.cu_seqlens_q is None:  # packed: not yet run on a GPU
+        """Return the gradients; head sizes above 128 take our Triton kernels (same lse and out)."""
+        if self._backward is not None:
             return self._backward(q, k, v, args, out, lse, dout, dlse)
         from vllm_accel.backends.triton import TritonAttention
 
