@@ -11,7 +11,10 @@ Steps, in order of value; each writes its file as it goes, and what fails costs 
     backward      backward passes alone, against the same
     tiles         a few tiles and variants for each of the main calls, as CUDA graphs
     memory        peak bytes by sequence length
-    sanitizer     compute-sanitizer's memcheck on tiny cases (and racecheck on the Gluon kernel), where it is installed
+    sanitizer     compute-sanitizer's memcheck on tiny cases, and racecheck on the Gluon kernels, case by case, where it
+                  is installed
+
+The last step takes all the time that is left, the others a share of it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +51,8 @@ BACKWARD_SHAPES = (
     "train_4k_causal",
     "train_4k_full",
     "train_8k_causal_gqa",
+    "train_varlen_16k",
+    "train_varlen_16k_d64",
 )
 #: Cases that are also run in fp32, whose tiles are other ones.
 _FP32 = (
@@ -62,11 +68,13 @@ _FP32 = (
     "decode",
     "long_full_d64",
 )
-#: What the sanitizer watches: backend -> dense and packed cases, paged cases.
+#: What the sanitizer watches, gradients included: backend -> dense and packed cases, paged cases.
 _TINY = {
     "triton": (("gqa", "window_causal", "varlen_tail", "bias_grad", "sinks"), ("mixed", "fp8_scalar", "mla_small")),
-    "gluon_hopper": (("gqa", "varlen_cross_causal", "varlen_tail"), ()),
+    "gluon_hopper": (("gqa", "head_128", "varlen_cross_causal", "varlen_tail"), ()),
 }
+#: What racecheck watches, each by itself: long ones use a slot of a ring again.
+_RACES = ("gqa", "head_128", "varlen_cross_causal", "varlen_tail", "long_varlen_causal_d64", "long_varlen_causal_d128")
 
 
 def conformance_tasks() -> list[Task]:
@@ -104,15 +112,16 @@ class Run:
         self.only, budget = [word for word in given.only.split(",") if word], given.budget
         self.start, self.end = time.monotonic(), time.monotonic() + budget
         self.alive: dict[str, list[int]] = {}
+        self.last = False  # no step comes after the one that runs
 
     def chosen(self, tasks: list[Task]) -> list[Task]:
         """Return the tasks whose name has one of the words of --only in it; all of them without words."""
         return [task for task in tasks if not self.only or any(word in task.name for word in self.only)]
 
     def left(self, share: float = 1.0) -> float:
-        """Return the deadline after a share of the time that is left."""
+        """Return the deadline after a share of the time that is left; of the last step all of it."""
         now = time.monotonic()
-        return now + max(0.0, self.end - now) * share
+        return now + max(0.0, self.end - now) * (1.0 if self.last else share)
 
     def say(self, text: str) -> None:
         """Print a line with the seconds since the start."""
@@ -254,26 +263,28 @@ def memory(run: Run) -> None:
 
 
 def sanitizer(run: Run) -> None:
-    """Run tiny cases under compute-sanitizer, in a process of their own."""
+    """Run tiny cases under compute-sanitizer, in processes of their own, a few at a time."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    rows: list[dict[str, Any]] = []
-    for check, backend, limit in (("memcheck", "triton", 60.0), ("memcheck", "gluon_hopper", 40.0),
-                                  ("racecheck", "gluon_hopper", 40.0)):  # fmt: skip
-        row: dict[str, Any] = {"name": f"{check} {backend}"}
-        rows.append(row)
-        left = run.end - time.monotonic()
-        if not Path(tool).exists():
-            row["outcome"] = "compute-sanitizer is not installed"
-        elif left < 15:
-            row["outcome"] = "no time left"
-        else:
-            row |= _sanitize(tool, check, backend, min(limit, left))
-        run.say(f"{row['name']}: {row['outcome']}")
-    run.write("sanitizer", rows)
+    checks = [("memcheck", "triton", 60.0), ("memcheck", "gluon_hopper", 60.0)]
+    checks += [("racecheck", f"gluon_hopper:{case}", 60.0) for case in _RACES]
+    rows: list[dict[str, Any]] = [{"name": f"{check} {which}", "outcome": "not run"} for check, which, _ in checks]
+    with ThreadPoolExecutor(min(run.jobs, len(checks))) as pool:
+        row_of = {pool.submit(_sanitize, tool, *given, run.end): row for row, given in zip(rows, checks, strict=True)}
+        for done in as_completed(row_of):
+            row = row_of[done]
+            row |= done.result()
+            run.write("sanitizer", rows)
+            run.say(f"{row['name']}: {row['outcome']}")
 
 
-def _sanitize(tool: str, check: str, backend: str, limit: float) -> dict[str, Any]:
-    mine = [sys.executable, "-m", "benchmarks.gpu_triton", "--tiny", backend]
+def _sanitize(tool: str, check: str, which: str, limit: float, end: float) -> dict[str, Any]:
+    """Run cases under the sanitizer for `limit` seconds at most, and not beyond `end` of `time.monotonic`."""
+    limit = min(limit, end - time.monotonic())
+    if not Path(tool).exists():
+        return {"outcome": "compute-sanitizer is not installed"}
+    if limit < 15:
+        return {"outcome": "no time left"}
+    mine = [sys.executable, "-m", "benchmarks.gpu_triton", "--tiny", which]
     command = [tool, "--tool", check, "--error-exitcode", "9", *mine]
     # Without torch's pool an access past a tensor's end leaves its allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -334,7 +345,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = machine.about("benchmarks.gpu_triton", torch.device("cuda"))
     print(machine.describe(facts), flush=True)
     run = Run(given.out, given, tiling.here().arch, facts)
-    for step in (step for step in STEPS if step in wanted):
+    steps = [step for step in STEPS if step in wanted]
+    for step in steps:
+        run.last = step == steps[-1]
         try:
             {"everything": everything, "conformance": conformance, "peers": peers, "splits": splits,
              "backward": backward, "tiles": tiles, "memory": memory, "sanitizer": sanitizer}[step](run)  # fmt: skip
@@ -352,7 +365,7 @@ def _list(wanted: Sequence[str]) -> int:
         "conformance": [t.name for t in (*conformance_tasks(), *candidate_tasks("sm_90"))],
         "peers": [n for n in FORWARD_SHAPES if n in known], "backward": [n for n in BACKWARD_SHAPES if n in known],
         "splits": list(tiling.SPLIT_CALLS), "tiles": list(tiling.problems()), "memory": ["triton", "gluon_hopper"],
-        "sanitizer": [f"{name} {dense + paged}" for name, (dense, paged) in _TINY.items()],
+        "sanitizer": [f"{name} {dense + paged}" for name, (dense, paged) in _TINY.items()] + [f"racecheck {_RACES}"],
     }  # fmt: skip
     for step, names in itertools.compress(listed.items(), [step in wanted for step in listed]):
         print(f"{step} ({len(names)}): {', '.join(names)}")

@@ -35,6 +35,9 @@ CPU_SHAPES: tuple[Shape, ...] = (
 
 _D64: dict[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 64}
 
+#: Documents of a training batch: 16384 tokens, 1024 in the mean.
+_TRAINING = _ragged(3000, 2200, 1800, 1500, 1300, 1100, 1000, 900, 800, 700, 600, 500, 400, 300, 200, 84)
+
 GPU_SHAPES: tuple[Shape, ...] = (
     _square("prefill_1k_causal", "prefill", 1024, batch=8),
     _square("prefill_4k_causal", "prefill", 4096, batch=2),
@@ -62,6 +65,10 @@ GPU_SHAPES: tuple[Shape, ...] = (
     _square("train_8k_causal_gqa", "train", 8192),
     _square("train_4k_full_d64", "train", 4096, batch=2, causal=False, heads=16, kv_heads=16, head_dim=64),
     _square("train_4k_causal_d64", "train", 4096, batch=2, heads=16, kv_heads=16, head_dim=64),
+    *[
+        Shape(f"train_varlen_16k{name}", "train", lengths=_TRAINING, heads=16, kv_heads=16, head_dim=head_dim)
+        for name, head_dim in (("", 128), ("_d64", 64))
+    ],
 )
 
 #: For the tests of the benchmark itself.

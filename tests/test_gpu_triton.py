@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import operator
 import os
 import time
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -61,6 +64,7 @@ def test_every_name_in_the_lists_exists() -> None:
     assert set(gpu_triton._FP32) <= set(work.dense_cases())
     for dense, paged_names in gpu_triton._TINY.values():
         assert set(dense) <= set(work.dense_cases()) and set(paged_names) <= set(work.paged_cases())
+    assert all(work.dense_cases()[name].grad for name in gpu_triton._RACES), "the backward kernels are watched too"
 
 
 @pytest.mark.parametrize("name", tiling.problems())
@@ -156,7 +160,7 @@ def test_peers_and_backwards_on_the_cpu() -> None:
     assert {r["name"] for r in row["results"] if r["seconds"]} >= {"reference"} and not row["error"]
     row = work.backwards("quick_train", quick=True)
     right = {r["name"] for r in row["results"] if r["seconds"] and r["tflops"]}
-    assert right >= {"reference", "torch sdpa by hand"}
+    assert right >= {"sdpa_cpu", "torch sdpa by hand"} and "reference" not in right
 
 
 def test_tiny_cases_by_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +170,36 @@ def test_tiny_cases_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         del gpu_triton._TINY["reference"]
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["causal", "decode"]
+
+
+def run_of(tmp_path: Path, budget: float) -> gpu_triton.Run:
+    return gpu_triton.Run(tmp_path, argparse.Namespace(jobs=4, only="", budget=budget), "sm_90", {})
+
+
+def test_the_last_step_takes_all_the_time_that_is_left(tmp_path: Path) -> None:
+    run = run_of(tmp_path, 100.0)
+    now = time.monotonic()
+    assert 20 < run.left(0.25) - now < 30
+    run.last = True
+    assert 90 < run.left(0.25) - now <= 101
+
+
+def test_racecheck_watches_each_case_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        '#!/bin/sh\necho "$@"\ncase "$*" in *racecheck*head_128*) exit 9;; *racecheck*gqa*) exit 4;; esac\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_triton.shutil, "which", lambda name: str(tool))
+    gpu_triton.sanitizer(run_of(tmp_path, 100.0))
+    rows = {r["name"]: r for r in json.loads((tmp_path / "triton_sanitizer.json").read_text())["results"]}
+    assert len(rows) == 2 + len(gpu_triton._RACES)
+    outcomes = {name: row["outcome"] for name, row in rows.items() if row["outcome"] != "clean"}
+    assert outcomes == {"racecheck gluon_hopper:head_128": "errors", "racecheck gluon_hopper:gqa": "exit status 4"}
+    assert "--tiny gluon_hopper:varlen_tail" in rows["racecheck gluon_hopper:varlen_tail"]["detail"]
+    gpu_triton.sanitizer(run_of(tmp_path, 10.0))
+    rows = json.loads((tmp_path / "triton_sanitizer.json").read_text())["results"]
+    assert {r["outcome"] for r in rows} == {"no time left"}
 
 
 def test_dry_run_and_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
