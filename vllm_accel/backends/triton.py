@@ -72,6 +72,11 @@ def _blocks(spec: AttentionSpec, sizes: AttentionSizes) -> str | None:
     return None
 
 
+def _compile_seconds(spec: AttentionSpec) -> float:
+    """Return what the first call of a kind costs (`python -m benchmarks.first_calls`). Later processes read the disk."""
+    return 4.0 if Feature.GRAD in spec.features else 1.5
+
+
 class TritonBackend:
     """The backend `triton`."""
 
@@ -109,9 +114,7 @@ class TritonBackend:
         | Feature.BATCH_INVARIANT
         | Feature.GQA
         | Feature.VALUE_DIM,
-        # 1.5 s for a new kind of forward (H200, Triton 3.6.0, 2026-11-23); gradients take three to five more kernels.
-        # Triton keeps what it compiled on disk, for later processes.
-        first_call_seconds=4.0,
+        first_call_seconds=_compile_seconds,
         rules=(Rule("head_dim", _head_dim), Rule("dropout_position", _dropout)),
         guards=(Guard("grid", _blocks),),
     )

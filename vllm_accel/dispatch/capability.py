@@ -55,7 +55,8 @@ class Capability:
         min_cuda: oldest CUDA that torch may be built with.
         linear_memory: extra memory is O(Sq + Sk); automatic choice never takes a backend where it is not.
         capture_safe: may run while a CUDA graph is captured.
-        first_call_seconds: what a compile at the first call of a kind costs; over two seconds means "after warmup".
+        first_call_seconds: what a compile at the first call of a kind costs; over two seconds means "after warmup". A
+            function of the spec where kinds differ (see `compile_seconds`).
         per_shape_cost: builds something for every exact shape, so it is not for work whose lengths change.
         rules, guards: limits on combinations, and on exact sizes.
         notes: remarks on calls that it runs, for example that it copies. size_notes: the same, of exact sizes.
@@ -74,7 +75,7 @@ class Capability:
     min_cuda: tuple[int, int] | None = None
     linear_memory: bool = True
     capture_safe: bool = True
-    first_call_seconds: float = 0.0
+    first_call_seconds: float | Callable[[Any], float] = 0.0
     per_shape_cost: bool = False
     rules: tuple[Rule, ...] = ()
     guards: tuple[Guard, ...] = field(default=())
@@ -82,6 +83,11 @@ class Capability:
     size_notes: tuple[Guard, ...] = ()
     device_notes: tuple[Rule, ...] = ()
     synchronises: tuple[Rule, ...] = ()
+
+    def compile_seconds(self, spec: Any) -> float:
+        """Return what the first call of a kind costs where nothing has compiled it yet, 0 where nothing compiles."""
+        seconds = self.first_call_seconds
+        return seconds(spec) if callable(seconds) else seconds
 
     def unsupported_reasons(self, spec: Any, device: Device) -> tuple[Reason, ...]:
         """Say why this backend cannot run `spec` on `device`; empty means that it can."""

@@ -72,7 +72,7 @@ class Choice:
                 safe = capability.capture_safe and waits is None
                 self.bound.append(Bound(candidate.name, kernel, guards, safe))
                 if not guards or not refusals(guards, self.question.spec, sizes):
-                    if capability.first_call_seconds and not self.question.capturing:
+                    if capability.compile_seconds(self.question.spec) and not self.question.capturing:
                         warm.note_run(self.question.op, candidate.name, self.question.spec, self.question.device)
                     break
         for bound in self.bound:  # another thread may have extended the list while this one waited

@@ -181,7 +181,7 @@ def _held_back(name: str, capability: Capability, question: Question, current: S
         return Reason(waits.code, f"{waits.text}; ask for it by name")
     # Who asks for the Triton kernels has asked for their compilation too.
     asked = name in preference.TRITON_BACKENDS and question.op == "attention" and current.use_triton
-    seconds, kind = capability.first_call_seconds, (question.op, name, question.spec, question.device)
+    seconds, kind = capability.compile_seconds(question.spec), (question.op, name, question.spec, question.device)
     compiled = asked or warm.is_warm(*kind)
     if seconds > MAX_FIRST_CALL_SECONDS and not compiled:
         return Reason("first_call", f"would compile for about {seconds:g} s at this call; vllm_accel.warmup builds it")

@@ -47,7 +47,7 @@ def _compiles(candidate: Candidate, selection: Selection) -> bool:
     """Tell whether automatic choice would compile a backend at this call, or waits for that."""
     if candidate.state is State.HELD_BACK:
         return any(reason.code == "first_call" for reason in candidate.reasons)
-    seconds = registry.get(selection.op, candidate.name).capability.first_call_seconds
+    seconds = registry.get(selection.op, candidate.name).capability.compile_seconds(selection.spec)
     where = (selection.op, candidate.name, selection.spec, selection.device)
     return candidate.state is State.CHOSEN and seconds > 0 and not warm.is_warm(*where)
 

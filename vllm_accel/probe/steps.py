@@ -49,7 +49,8 @@ def half(device: Device) -> torch.dtype:
 def steps(op: str, backend: Backend, device: Device, where: torch.device) -> Iterator[Step]:
     """List what to run of a backend; nothing for an operation that the probe does not know."""
     dtypes = [half(device), torch.float32]
-    if backend.capability.first_call_seconds > MAX_FIRST_CALL_SECONDS:
+    seconds = backend.capability.first_call_seconds
+    if callable(seconds) or seconds > MAX_FIRST_CALL_SECONDS:
         dtypes = dtypes[:1]  # every dtype is a compilation
     for dtype in dtypes:
         if dtype in backend.capability.dtypes:

@@ -121,7 +121,7 @@ def _checked(
     del result
     if any(reason.code == "first_call" for reason in found.selection[name].reasons):
         warm.mark_warm(op, name, spec, where)
-    if is_first and registry.get(op, name).capability.first_call_seconds > MAX_FIRST_CALL_SECONDS:
+    if is_first and registry.get(op, name).capability.compile_seconds(spec) > MAX_FIRST_CALL_SECONDS:
         found.first[name] = first
     _called.add((op, name, spec.compile_kind(), where))
     second, _ = _wall(call, device)
