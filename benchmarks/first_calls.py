@@ -1,4 +1,4 @@
-"""``python -m benchmarks.first_calls``: what the first call of a kind costs a process, with nothing compiled and with it.
+"""``python -m benchmarks.first_calls``: what the first call of a kind costs, with nothing compiled and from the disk.
 
 Each backend and shape runs in two processes of their own over one compile cache that starts empty: the first one
 compiles, the second one finds the kernels on disk. The time is that of the first call (its imports and its compilation;
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("there is no GPU")
     cases = [(b, shape) for shape in named(GPU_SHAPES, given.shapes) for b in given.backends.split(",")]
+    about = machine.about("benchmarks.first_calls", torch.device("cuda"))
     rows = []
     with ThreadPoolExecutor(given.jobs) as pool:
         for row in pool.map(lambda case: _in_processes(case[0], case[1], given.limit), cases):
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = row.get("error") or f"{row['compiled']:6.2f} s, {row['on_disk']:6.2f} s from disk"
             print(f"{row['backend']:14} {row['shape']:24} {text}", flush=True)
             if given.json:
-                data = {"about": machine.about("benchmarks.first_calls", torch.device("cuda")), "jobs": given.jobs, "results": rows}
+                data = {"about": about, "jobs": given.jobs, "results": rows}
                 given.json.write_text(json.dumps(data, indent=1) + "\n")
     return 0 if any("compiled" in row for row in rows) else 1
 

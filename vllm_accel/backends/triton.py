@@ -73,8 +73,12 @@ def _blocks(spec: AttentionSpec, sizes: AttentionSizes) -> str | None:
 
 
 def _compile_seconds(spec: AttentionSpec) -> float:
-    """Return what the first call of a kind costs (`python -m benchmarks.first_calls`). Later processes read the disk."""
-    return 4.0 if Feature.GRAD in spec.features else 1.5
+    """Return what compiling a kind of call takes; later processes find it on disk.
+
+    An H200, `python -m benchmarks.first_calls --jobs 8`, 2026-11-30: 1.3 to 1.9 s for a forward, dense, packed or over
+    pages; 3.8 and 4.2 s with gradients, which take three to five more kernels.
+    """
+    return 4.0 if Feature.GRAD in spec.features else 1.9
 
 
 class TritonBackend:
