@@ -83,10 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         backend, name = given.one
         print(first_call(backend, next(shape for shape in GPU_SHAPES if shape.name == name)))
         return 0
-    if not torch.cuda.is_available():
-        parser.error("there is no GPU")
-    cases = [(b, shape) for shape in named(GPU_SHAPES, given.shapes) for b in given.backends.split(",")]
-    about = machine.about("benchmarks.first_calls", torch.device("cuda"))
+    try:
+        cases = [(b, shape) for shape in named(GPU_SHAPES, given.shapes) for b in given.backends.split(",")]
+    except ValueError as error:
+        parser.error(str(error))
+    about = machine.about("benchmarks.first_calls", machine.device(parser, "cuda"))
     rows = []
     with ThreadPoolExecutor(given.jobs) as pool:
         for row in pool.map(lambda case: _in_processes(case[0], case[1], given.limit), cases):

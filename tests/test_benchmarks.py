@@ -240,7 +240,8 @@ def test_make_bench_runs() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
 @pytest.mark.parametrize("module", ["attention --gpu", "gemm --gpu", "selection --gpu", "lengths --device cuda",
-                                    "dispatch --device cuda", "shared_prefix --device cuda"])  # fmt: skip
+                                    "dispatch --device cuda", "shared_prefix --device cuda",
+                                    "first_calls"])  # fmt: skip
 def test_a_gpu_that_is_not_there_is_wrong_use(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     name, *arguments = module.split()
     with pytest.raises(SystemExit) as ended:
@@ -251,7 +252,8 @@ def test_a_gpu_that_is_not_there_is_wrong_use(module: str, capsys: pytest.Captur
 @pytest.mark.parametrize(("module", "said"), [
     ("lengths --device cpu --sizes 8,2", "--sizes takes H,HKV,D"), ("lengths --device cpu --sizes 8,0,64", "--sizes"),
     ("memory --cases nope", "no such case: nope"), ("selection --count 0", "--count takes at least 1"),
-    ("attention --shapes nope", "no shape matches"), ("gemm --shapes nope", "--shapes nope"),
+    ("attention --shapes nope", "no shape matches"), ("first_calls --shapes nope", "no shape matches"),
+    ("gemm --shapes nope", "--shapes nope"),
 ])  # fmt: skip
 def test_wrong_arguments_of_benchmarks_are_wrong_use(
     module: str, said: str, capsys: pytest.CaptureFixture[str]

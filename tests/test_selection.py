@@ -412,6 +412,13 @@ def test_the_triton_kernels_stand_before_pytorchs_for_gradients_once_they_are_bu
     assert explain(attention, *training, device="a100").chosen == "triton"
 
 
+@pytest.mark.parametrize(("grad", "said"), [(False, "about 5 s"), (True, "about 10 s")])
+def test_what_a_kind_of_call_compiles_is_told(env, grad: bool, said: str) -> None:
+    env(VLLM_ACCEL_DISABLED_BACKENDS="flash_attn,xformers,mslk")
+    selection = explain(attention, *[t.requires_grad_(grad) for t in _meta()], device="h200")
+    assert selection["gluon_hopper"].state is State.HELD_BACK and said in str(selection["gluon_hopper"])
+
+
 def test_the_triton_switch_says_so_where_it_has_no_effect(env) -> None:
     env(VLLM_USE_TRITON_FLASH_ATTN="1")
     selection = explain(attention, *_qkv())
