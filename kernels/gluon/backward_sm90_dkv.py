@@ -46,20 +46,47 @@ ROWS = gl.constexpr(64)  # keys of one consumer: the M of one wgmma
 
 
 @gluon.jit
-def sequence(batch, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, VARLEN: gl.constexpr):
-    """Return where the rows and keys of a sequence start in its tensors, how many they are, and its batch index."""
-    if VARLEN:
-        first_q = gl.load(cu_seqlens_q + batch)
-        first_k = gl.load(cu_seqlens_k + batch)
-        len_q = gl.load(cu_seqlens_q + batch + 1) - first_q
-        len_k = gl.load(cu_seqlens_k + batch + 1) - first_k
-        batch = 0
-    else:
-        first_q = 0
-        first_k = 0
-        len_q = seqlen_q
-        len_k = seqlen_k
-    return batch, first_q, first_k, len_q, len_k
+def sequence_at(slot, num_sequences, cu_seqlens, TILE: gl.constexpr):
+    """Return which packed sequence a slot is for, and which tile of it.
+
+    Sequence b has the slots from cu_seqlens[b] // TILE + b on, which are at least as many as its tiles, whatever the
+    lengths, and at most one more. What is past the last sequence counts as one more sequence.
+    """
+    low = 0
+    high = num_sequences
+    while low < high:
+        middle = (low + high + 1) // 2
+        found = gl.load(cu_seqlens + middle) // TILE + middle <= slot
+        low = gl.where(found, middle, low)
+        high = gl.where(found, high, middle - 1)
+    return low, slot - gl.load(cu_seqlens + low) // TILE - low
+
+
+@gluon.jit
+def extent(batch, num_sequences, seqlen, cu_seqlens):
+    """Return where a packed sequence starts and its length; of sequence `num_sequences`, what is past the last one."""
+    first = gl.load(cu_seqlens + batch)
+    end = gl.load(cu_seqlens + gl.minimum(batch + 1, num_sequences))
+    return first, gl.where(batch < num_sequences, end, seqlen) - first
+
+
+@gluon.jit
+def in_groups(index, tiles, VARLEN: gl.constexpr):
+    """Return the tile (packed: the slot), batch and head of a block of threads."""
+    tiles_per_head, heads_together, num_sequences, num_heads, _, _, _, _ = tiles
+    heads = num_heads
+    if not VARLEN:
+        heads = num_heads * num_sequences
+    group = index // (tiles_per_head * heads_together)
+    inside = index - group * (tiles_per_head * heads_together)
+    width = gl.minimum(heads_together, heads - group * heads_together)
+    tile = inside // width
+    head = group * heads_together + inside - tile * width
+    batch = 0
+    if not VARLEN:
+        batch = head // num_heads
+        head -= batch * num_heads
+    return tile, batch, head
 
 
 @gluon.jit
@@ -67,22 +94,24 @@ def keys_at(index, tiles, BM: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.con
     """Say which keys tile `index` is, and which blocks of rows see them: from `start`, and without a mask from `free`.
 
     Heads go in groups of `heads_together` (their Q and dO fit in L2), and within a group all heads' heaviest causal
-    tiles come first. A tile past a packed sequence's end has no block; one that no row sees has one, with P = 0.
+    tiles come first (of each packed sequence). A tile that no row sees has one block, with P = 0. One past a packed
+    sequence's end, or past the last sequence, has none.
     """
     BN: gl.constexpr = 2 * ROWS
-    tiles_per_head, heads_together, num_heads_batch, num_heads, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k = tiles
-    group = index // (tiles_per_head * heads_together)
-    inside = index - group * (tiles_per_head * heads_together)
-    width = gl.minimum(heads_together, num_heads_batch - group * heads_together)
-    tile = inside // width
-    head_batch = group * heads_together + inside - tile * width
-    batch = head_batch // num_heads
-    head = head_batch - batch * num_heads
-    batch, first_q, first_k, len_q, len_k = sequence(batch, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, VARLEN)
+    tile, batch, head = in_groups(index, tiles, VARLEN)
+    _, _, num_sequences, _, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k = tiles
+    first_q = 0
+    first_k = 0
+    len_q = seqlen_q
+    len_k = seqlen_k
+    if VARLEN:
+        sequence, tile = sequence_at(tile, num_sequences, cu_seqlens_k, BN)
+        first_q, len_q = extent(sequence, num_sequences, seqlen_q, cu_seqlens_q)
+        first_k, len_k = extent(sequence, num_sequences, seqlen_k, cu_seqlens_k)
     first = tile * BN
     blocks = (gl.maximum(len_q, 1) + BM - 1) // BM
     if VARLEN:
-        blocks = gl.where(first < len_k, blocks, 0)
+        blocks = gl.where((sequence < num_sequences) & (first < len_k), blocks, 0)
     if CAUSAL:
         # Row i sees the keys up to i + len_k - len_q.
         row = first + len_q - len_k  # the first that sees key `first`
@@ -263,6 +292,25 @@ def step(
 
 
 @gluon.jit
+def store_rows(
+    result, out, row, length, out_row, D: gl.constexpr, HEAD_DIM: gl.constexpr, COPY: gl.constexpr,
+):  # fmt: skip
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
+    dims = gl.arange(0, D, gl.SliceLayout(0, COPY))
+    mask = (rows < length - row)[:, None]
+    if HEAD_DIM != D:
+        mask = mask & (dims < HEAD_DIM)[None, :]
+    gl.store(out + row.to(gl.int64) * out_row + rows[:, None] * out_row + dims[None, :], result, mask=mask)
+
+
+@gluon.jit
+def store_zeros(out, row, length, out_row, D: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Write 64 rows of zeros: the gradients of what is in no sequence."""
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    store_rows(gl.zeros([ROWS, D], out.dtype.element_ty, COPY), out, row, length, out_row, D, HEAD_DIM, COPY)
+
+
+@gluon.jit
 def store_tile(sum, tile, out, row, length, out_row, D: gl.constexpr, HEAD_DIM: gl.constexpr):
     """Write 64 rows from registers, by way of shared memory that nobody else uses, so that lines are whole."""
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
@@ -270,12 +318,7 @@ def store_tile(sum, tile, out, row, length, out_row, D: gl.constexpr, HEAD_DIM: 
     tile.store(sum.to(tile.dtype))
     partition_barrier()
     result = tile.load(COPY)
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
-    dims = gl.arange(0, D, gl.SliceLayout(0, COPY))
-    mask = (rows < length - row)[:, None]
-    if HEAD_DIM != D:
-        mask = mask & (dims < HEAD_DIM)[None, :]
-    gl.store(out + row.to(gl.int64) * out_row + rows[:, None] * out_row + dims[None, :], result, mask=mask)
+    store_rows(result, out, row, length, out_row, D, HEAD_DIM, COPY)
 
 
 @gluon.jit
@@ -288,15 +331,23 @@ def consumer(
     if work[9] > 0:
         consume(
             c, shared, results, tiles, work, queries_per_key_head, softmax_scale,
-            BM, D, HEAD_DIM, HEAD_DIM_V, STAGES, CAUSAL, VARLEN, OVERLAP,
+            BM, D, HEAD_DIM, HEAD_DIM_V, STAGES, CAUSAL, OVERLAP,
         )  # fmt: skip
+    elif VARLEN:
+        dk_out, dv_out = results
+        num_heads = tiles[3]
+        _, head, first, _, first_k, _, len_k, _, _, _ = work
+        dk_out += first_k.to(gl.int64) * (num_heads * HEAD_DIM) + head * HEAD_DIM
+        dv_out += first_k.to(gl.int64) * (num_heads * HEAD_DIM_V) + head * HEAD_DIM_V
+        store_zeros(dk_out, first + c * ROWS, len_k, num_heads * HEAD_DIM, D, HEAD_DIM)
+        store_zeros(dv_out, first + c * ROWS, len_k, num_heads * HEAD_DIM_V, D, HEAD_DIM_V)
 
 
 @gluon.jit
 def consume(
     c, shared, results, tiles, work, queries_per_key_head, softmax_scale,
     BM: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, VARLEN: gl.constexpr, OVERLAP: gl.constexpr,
+    CAUSAL: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     k_s, v_s, q_s, do_s, lse_s, delta_s, kv_full, full, empty = shared
     dk_out, dv_out = results
@@ -355,22 +406,22 @@ def consume(
 @gluon.jit(
     # One compiled kernel for all sizes: the launcher keeps it by constexprs and dtype alone.
     do_not_specialize=[
-        "softmax_scale", "seqlen_q", "seqlen_k", "num_heads_batch", "num_heads", "queries_per_key_head",
+        "softmax_scale", "seqlen_q", "seqlen_k", "num_sequences", "num_heads", "queries_per_key_head",
         "heads_together", "tiles_per_head",
     ],
     do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k"],
 )  # fmt: skip
 def attention_dkv(
     q_desc, k_desc, v_desc, do_desc, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, softmax_scale, seqlen_q, seqlen_k,
-    num_heads_batch, num_heads, queries_per_key_head, heads_together, tiles_per_head,
+    num_sequences, num_heads, queries_per_key_head, heads_together, tiles_per_head,
     BM: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, VARLEN: gl.constexpr, OVERLAP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are over (B, heads, S, D) with blocks (1, 1, BM, D) for Q and dO and (1, 1, 64, D) for K and V.
 
-    `num_heads` counts key heads, `num_heads_batch` those of all sequences. `seqlen_q`, `seqlen_k` are the lengths of
-    Q's and K's third dimension. One block for each tile of keys, as many for each sequence as the longest has.
+    `num_heads` counts key heads. `seqlen_q`, `seqlen_k` are the lengths of Q's and K's third dimension. One block for
+    each tile of keys of each sequence, packed: for each slot of `sequence_at`. All rows of dk and dv are written.
     """
     dtype: gl.constexpr = q_desc.dtype
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -396,7 +447,7 @@ def attention_dkv(
         cu_seqlens_q = 0  # None cannot stand in a tuple
         cu_seqlens_k = 0
     tiles = (
-        tiles_per_head, heads_together, num_heads_batch, num_heads, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k,
+        tiles_per_head, heads_together, num_sequences, num_heads, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
     gl.warp_specialize(
         [

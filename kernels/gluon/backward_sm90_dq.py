@@ -30,7 +30,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from vllm_accel.kernels.gluon.backward_sm90_dkv import operand, products, sequence, store_tile
+from vllm_accel.kernels.gluon.backward_sm90_dkv import (
+    extent,
+    in_groups,
+    operand,
+    products,
+    sequence_at,
+    store_tile,
+    store_zeros,
+)
 from vllm_accel.kernels.gluon.forward_sm90 import as_matrix, masked, partition_barrier, zero_rows_from
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -39,29 +47,30 @@ ROWS = gl.constexpr(64)  # query rows of one consumer: the M of one wgmma
 
 @gluon.jit
 def rows_at(index, tiles, BN: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr):
-    """Say which rows tile `index` is, and how many blocks of keys they see; order: that of `forward_sm90.tile_at`.
+    """Say which rows tile `index` is, and how many blocks of keys they see; order: that of `keys_at`.
 
-    A tile past a packed sequence's end has no block; one that sees no key has one, all masked.
+    A tile that sees no key has one block, all masked. One past a packed sequence's end, or past the last, has none.
     """
     BM: gl.constexpr = 2 * ROWS
-    tiles_per_head, heads_together, num_heads_batch, num_heads, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k = tiles
-    group = index // (tiles_per_head * heads_together)
-    inside = index - group * (tiles_per_head * heads_together)
-    width = gl.minimum(heads_together, num_heads_batch - group * heads_together)
-    tile = inside // width
-    head_batch = group * heads_together + inside - tile * width
+    tile, batch, head = in_groups(index, tiles, VARLEN)
+    tiles_per_head, _, num_sequences, _, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k = tiles
     if CAUSAL:
         tile = tiles_per_head - 1 - tile
-    batch = head_batch // num_heads
-    head = head_batch - batch * num_heads
-    batch, first_q, first_k, len_q, len_k = sequence(batch, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, VARLEN)
+    first_q = 0
+    first_k = 0
+    len_q = seqlen_q
+    len_k = seqlen_k
+    if VARLEN:
+        sequence, tile = sequence_at(tile, num_sequences, cu_seqlens_q, BM)
+        first_q, len_q = extent(sequence, num_sequences, seqlen_q, cu_seqlens_q)
+        first_k, len_k = extent(sequence, num_sequences, seqlen_k, cu_seqlens_k)
     first = tile * BM
     visible = len_k
     if CAUSAL:
         visible = gl.minimum(visible, gl.minimum(first + BM, len_q) + len_k - len_q)
     blocks = (gl.maximum(visible, 1) + BN - 1) // BN
     if VARLEN:
-        blocks = gl.where(first < len_q, blocks, 0)
+        blocks = gl.where((sequence < num_sequences) & (first < len_q), blocks, 0)
     return batch, head, first, first_q, first_k, len_q, len_k, blocks
 
 
@@ -144,6 +153,11 @@ def consumer(
             c, shared, lse, delta, dq_out, tiles, work, softmax_scale,
             BN, D, HEAD_DIM, STAGES, CAUSAL, VARLEN, OVERLAP,
         )  # fmt: skip
+    elif VARLEN:
+        num_heads = tiles[3]
+        _, head, first, first_q, _, len_q, _, _ = work
+        dq_out += first_q.to(gl.int64) * (num_heads * HEAD_DIM) + head * HEAD_DIM
+        store_zeros(dq_out, first + c * ROWS, len_q, num_heads * HEAD_DIM, D, HEAD_DIM)
 
 
 @gluon.jit
@@ -216,21 +230,21 @@ def consume(
 @gluon.jit(
     # One compiled kernel for all sizes: the launcher keeps it by constexprs and dtype alone.
     do_not_specialize=[
-        "softmax_scale", "seqlen_q", "seqlen_k", "num_heads_batch", "num_heads", "queries_per_key_head",
+        "softmax_scale", "seqlen_q", "seqlen_k", "num_sequences", "num_heads", "queries_per_key_head",
         "heads_together", "tiles_per_head",
     ],
     do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k"],
 )  # fmt: skip
 def attention_dq(
     q_desc, k_desc, v_desc, do_desc, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, softmax_scale, seqlen_q, seqlen_k,
-    num_heads_batch, num_heads, queries_per_key_head, heads_together, tiles_per_head,
+    num_sequences, num_heads, queries_per_key_head, heads_together, tiles_per_head,
     BN: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     VARLEN: gl.constexpr, OVERLAP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are over (B, heads, S, D) with blocks (1, 1, 64, D) for Q and dO and (1, 1, BN, D) for K and V.
 
-    `num_heads_batch` counts the query heads of all sequences. `seqlen_q`, `seqlen_k` are the lengths of Q's and K's
-    third dimension. One block for each tile of rows, as many for each sequence as the longest has.
+    `num_heads` counts query heads. `seqlen_q`, `seqlen_k` are the lengths of Q's and K's third dimension. One block for
+    each tile of rows of each sequence, packed: for each slot of `sequence_at`. All rows of dq are written.
     """
     dtype: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, D], q_desc.layout)
@@ -251,7 +265,7 @@ def attention_dq(
         cu_seqlens_q = 0  # None cannot stand in a tuple
         cu_seqlens_k = 0
     tiles = (
-        tiles_per_head, heads_together, num_heads_batch, num_heads, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k,
+        tiles_per_head, heads_together, num_sequences, num_heads, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
     gl.warp_specialize(
         [

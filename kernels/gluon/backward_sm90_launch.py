@@ -62,9 +62,16 @@ def _heads_together(seqlen: int, tile: int, bytes_of_number: int, group: int, he
     return min(max(1, L2_SHARE // bytes_per_head) * group, heads)
 
 
+def _tiles(tokens: int, sequences: int, cu_seqlens: Tensor | None, heads: int) -> tuple[int, int]:
+    """Return how many tiles (packed: slots for them) a head has, and how many heads: packed, of one batch."""
+    if cu_seqlens is None:
+        return -(-tokens // TILE), heads * sequences
+    return tokens // TILE + sequences + 1, heads
+
+
 def dkv_launch(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, *,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
     softmax_scale: float, causal: bool, variant: Variant,
 ) -> Launch:  # fmt: skip
     """Describe the launch that fills dk and dv.
@@ -73,7 +80,7 @@ def dkv_launch(
         q, k, v, dout: (B, S, heads, D) or packed (T, heads, D) with int32 cu_seqlens, strides and addresses for TMA;
             more numbers than dk and dv have are zeros.
         lse, delta: contiguous fp32 (B, H, Sq) or (H, Tq). dk, dv: contiguous, like k and v; packed rows of no sequence
-            stay as they are.
+            become 0.
     """
     *batch, tokens_q, num_heads, _ = q.shape
     tokens_k, num_kv_heads = k.shape[-3:-1]
@@ -81,8 +88,7 @@ def dkv_launch(
     sequences = batch[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     tile = tile_dim(head_dim, head_dim_v)
     group = num_heads // num_kv_heads
-    tiles = -(-max_seqlen_k // TILE)
-    heads = num_kv_heads * sequences
+    tiles, heads = _tiles(tokens_k, sequences, cu_seqlens_k, num_kv_heads)
     together = _heads_together(max_seqlen_q * group, tile, q.element_size(), 1, heads)
     return Launch(
         fn=attention_dkv,
@@ -90,7 +96,7 @@ def dkv_launch(
         args=(
             descriptor(q, variant.bm, tile), descriptor(k, ROWS, tile), descriptor(v, ROWS, tile),
             descriptor(dout, variant.bm, tile), lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, softmax_scale, tokens_q,
-            tokens_k, heads, num_kv_heads, group, together, tiles,
+            tokens_k, sequences, num_kv_heads, group, together, tiles,
         ),
         constexprs={
             "BM": variant.bm, "D": tile, "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "STAGES": variant.dkv_stages,
@@ -104,7 +110,7 @@ def dkv_launch(
 
 def dq_launch(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, *,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_k: int,
     softmax_scale: float, causal: bool, variant: Variant,
 ) -> Launch:  # fmt: skip
     """Describe the launch that fills dq, contiguous and like q; the rest as in `dkv_launch`."""
@@ -114,8 +120,7 @@ def dq_launch(
     sequences = batch[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     tile = tile_dim(head_dim, v.shape[-1])
     group = num_heads // num_kv_heads
-    tiles = -(-max_seqlen_q // TILE)
-    heads = num_heads * sequences
+    tiles, heads = _tiles(tokens_q, sequences, cu_seqlens_q, num_heads)
     together = _heads_together(max_seqlen_k, tile, q.element_size(), group, heads)
     return Launch(
         fn=attention_dq,
@@ -123,7 +128,7 @@ def dq_launch(
         args=(
             descriptor(q, ROWS, tile), descriptor(k, variant.bn, tile), descriptor(v, variant.bn, tile),
             descriptor(dout, ROWS, tile), lse, delta, dq, cu_seqlens_q, cu_seqlens_k, softmax_scale, tokens_q, tokens_k,
-            heads, num_heads, group, together, tiles,
+            sequences, num_heads, group, together, tiles,
         ),
         constexprs={
             "BN": variant.bn, "D": tile, "HEAD_DIM": head_dim, "STAGES": variant.dq_stages, "CAUSAL": causal,

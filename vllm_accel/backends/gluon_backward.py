@@ -62,16 +62,14 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, args: AttentionArgs)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (q, k, v))
     variant = launches.VARIANTS[launches.tile_dim(q.shape[-1], v.shape[-1])]
     options: dict[str, Any] = {
-        "cu_seqlens_q": args.cu_seqlens_q, "cu_seqlens_k": args.cu_seqlens_k, "max_seqlen_q": args.max_seqlen_q,
-        "max_seqlen_k": args.max_seqlen_k, "softmax_scale": args.softmax_scale, "causal": args.causal,
-        "variant": variant,
+        "cu_seqlens_q": args.cu_seqlens_q, "cu_seqlens_k": args.cu_seqlens_k, "softmax_scale": args.softmax_scale,
+        "causal": args.causal, "variant": variant,
     }  # fmt: skip
     index = q.device.index or 0
-    for_keys = Bound(launches.dkv_launch(*described, lse, lse, dk, dv, **options), index)
-    for_rows = Bound(launches.dq_launch(*described, lse, lse, dq, **options), index)
-
-    # Rows of no sequence are written by no block: their gradient is the 0 that is here from the start.
-    new = torch.empty_like if args.cu_seqlens_q is None else torch.zeros_like
+    for_keys = Bound(
+        launches.dkv_launch(*described, lse, lse, dk, dv, max_seqlen_q=args.max_seqlen_q, **options), index
+    )
+    for_rows = Bound(launches.dq_launch(*described, lse, lse, dq, max_seqlen_k=args.max_seqlen_k, **options), index)
 
     def run(
         q: Tensor,
@@ -83,7 +81,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, args: AttentionArgs)
         dout: Tensor,
         dlse: Tensor | None,
     ) -> AttentionGrads:
-        dq, dk, dv = (new(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         cu_q, cu_k = args.cu_seqlens_q, args.cu_seqlens_k
         if cu_q is not None and cu_k is not None:
             cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
