@@ -23,6 +23,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -292,9 +293,23 @@ def _sanitize(tool: str, check: str, which: str, limit: float, end: float) -> di
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False, env=environment)
     except subprocess.TimeoutExpired as error:
         text = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else str(error.stdout or "")
-        return {"outcome": f"stopped after {limit:.0f} s", "detail": text[-3000:]}
+        return {"outcome": f"stopped after {limit:.0f} s", "races": races(text), "detail": text[-3000:]}
     outcome = {0: "clean", 9: "errors"}.get(done.returncode, f"exit status {done.returncode}")
-    return {"outcome": outcome, "detail": (done.stdout + done.stderr)[-6000:]}
+    text = done.stdout + done.stderr
+    return {"outcome": outcome, "races": races(text), "detail": text[-6000:]}
+
+
+def races(text: str) -> list[str]:
+    """Return what racecheck reports, each pair of places once: ``Read kernel file.py:3 / Write kernel file.py:5``."""
+    found: dict[str, None] = {}
+    first = ""
+    pattern = r"=\s+(Error: Race reported between|and) (Read|Write) access at (\w+)\S* in (\S+)"
+    for begins, kind, kernel, place in re.findall(pattern, text):
+        if begins != "and":
+            first = f"{kind} {kernel} {place}"
+        else:
+            found[f"{first} / {kind} {kernel} {place}"] = None
+    return list(found)
 
 
 def tiny(which: str, where: str = "cuda") -> None:

@@ -202,6 +202,20 @@ def test_racecheck_watches_each_case_by_itself(tmp_path: Path, monkeypatch: pyte
     assert {r["outcome"] for r in rows} == {"no time left"}
 
 
+def test_each_race_is_told_once() -> None:
+    report = """
+========= Error: Race reported between Read access at attention_dq+0x1e0 in backward.py:388
+=========     and Write access at attention_dq+0x9ce0 in backward.py:388 [17 hazards]
+=========     and Write access at attention_dq+0x120d0 in backward.py:437 [34 hazards]
+=========
+========= Error: Race reported between Read access at attention_dq+0x1f0 in backward.py:388
+=========     and Write access at attention_dq+0x9cf0 in backward.py:388 [49 hazards]
+"""
+    first = "Read attention_dq backward.py:388 / Write attention_dq backward.py"
+    assert gpu_triton.races(report) == [f"{first}:388", f"{first}:437"]
+    assert gpu_triton.races("========= RACECHECK SUMMARY: 0 hazards displayed") == []
+
+
 def test_dry_run_and_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_triton.main(["--dry-run", "--steps", "peers,tiles"]) == 0
     text = capsys.readouterr().out
