@@ -51,7 +51,7 @@ def run(
 ):  # fmt: skip
     """Run the kernel and compare; packed tensors end in rows of NaN, and the last sequence's K and V are all NaN."""
     rng = np.random.default_rng(seed)
-    scale, tail = 0.3, 7
+    scale, tail = 0.3, 75
     if lengths:
         batch, sequences = 1, len(lengths)
         seqlen_q, seqlen_k = (sum(pair[i] for pair in lengths) + tail for i in (0, 1))
@@ -72,9 +72,9 @@ def run(
         "VARLEN": bool(lengths), "OVERLAP": True, "PINGPONG": False, "PERSISTENT": False, "CONSUMER_REGISTERS": 240,
         "PRODUCER_REGISTERS": 24, **options,
     }  # fmt: skip
-    longest = max(pair[0] for pair in lengths) if lengths else seqlen_q
-    tiles_per_head = -(-longest // (64 * constexprs["CONSUMERS"]))
-    tiles = tiles_per_head * heads * sequences
+    rows = 64 * constexprs["CONSUMERS"]
+    tiles_per_head = seqlen_q // rows + sequences + 1 if lengths else -(-seqlen_q // rows)
+    tiles = tiles_per_head * heads * batch
     args = (
         Descriptor(q, (1, 1, 64, D)), *(Descriptor(t, (1, 1, constexprs["BN"], D)) for t in (k, v)),
         Pointer(out.reshape(-1)), Pointer(lse.reshape(-1)), Pointer(cu_q) if lengths else None,
@@ -130,6 +130,11 @@ def test_tiles_are_a_permutation_whatever_heads_go_together(together):
         ("acc, p, p_next = warpgroup_mma_wait(0", "acc, p, p_next = warpgroup_mma_wait(1"),
         ("v_s.index(used % STAGES)), len_k", "v_s.index(used % STAGES)), 1 + len_k"),
         ("(i % CONSUMERS == c)", "(i % CONSUMERS == 0)"),
+        ("TILE + middle <= slot", "TILE <= slot"),
+        ("gl.where(batch < num_sequences, end, seqlen)", "end"),
+        ("(sequence < num_sequences) & (start < len_q)", "start < len_q"),
+        ("at = (first_q + start).to", "at = first_q.to"),
+        ("at += head.to(gl.int64) * total_q", "pass"),
         ("    named_sync(CONSUMERS_BARRIER, CONSUMERS * 128)\n", "    pass\n"),
         ('shift = gl.where(highest == float("-inf"), 0.0, highest)', "shift = highest"),
         ("free = gl.minimum(free, start + 1", "free = gl.minimum(free, start + 17"),

@@ -39,35 +39,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from vllm_accel.kernels.gluon.forward_sm90 import as_matrix, partition_barrier
+from vllm_accel.kernels.gluon.forward_sm90 import as_matrix, extent, partition_barrier, sequence_at, write_zeros
 
 LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = gl.constexpr(64)  # keys of one consumer: the M of one wgmma
-
-
-@gluon.jit
-def sequence_at(slot, num_sequences, cu_seqlens, TILE: gl.constexpr):
-    """Return which packed sequence a slot is for, and which tile of it.
-
-    Sequence b has the slots from cu_seqlens[b] // TILE + b on, which are at least as many as its tiles, whatever the
-    lengths, and at most one more. What is past the last sequence counts as one more sequence.
-    """
-    low = 0
-    high = num_sequences
-    while low < high:
-        middle = (low + high + 1) // 2
-        found = gl.load(cu_seqlens + middle) // TILE + middle <= slot
-        low = gl.where(found, middle, low)
-        high = gl.where(found, high, middle - 1)
-    return low, slot - gl.load(cu_seqlens + low) // TILE - low
-
-
-@gluon.jit
-def extent(batch, num_sequences, seqlen, cu_seqlens):
-    """Return where a packed sequence starts and its length; of sequence `num_sequences`, what is past the last one."""
-    first = gl.load(cu_seqlens + batch)
-    end = gl.load(cu_seqlens + gl.minimum(batch + 1, num_sequences))
-    return first, gl.where(batch < num_sequences, end, seqlen) - first
 
 
 @gluon.jit
@@ -292,25 +267,6 @@ def step(
 
 
 @gluon.jit
-def store_rows(
-    result, out, row, length, out_row, D: gl.constexpr, HEAD_DIM: gl.constexpr, COPY: gl.constexpr,
-):  # fmt: skip
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
-    dims = gl.arange(0, D, gl.SliceLayout(0, COPY))
-    mask = (rows < length - row)[:, None]
-    if HEAD_DIM != D:
-        mask = mask & (dims < HEAD_DIM)[None, :]
-    gl.store(out + row.to(gl.int64) * out_row + rows[:, None] * out_row + dims[None, :], result, mask=mask)
-
-
-@gluon.jit
-def store_zeros(out, row, length, out_row, D: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Write 64 rows of zeros: the gradients of what is in no sequence."""
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    store_rows(gl.zeros([ROWS, D], out.dtype.element_ty, COPY), out, row, length, out_row, D, HEAD_DIM, COPY)
-
-
-@gluon.jit
 def store_tile(sum, tile, out, row, length, out_row, D: gl.constexpr, HEAD_DIM: gl.constexpr):
     """Write 64 rows from registers, by way of shared memory that nobody else uses, so that lines are whole."""
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
@@ -318,7 +274,12 @@ def store_tile(sum, tile, out, row, length, out_row, D: gl.constexpr, HEAD_DIM: 
     tile.store(sum.to(tile.dtype))
     partition_barrier()
     result = tile.load(COPY)
-    store_rows(result, out, row, length, out_row, D, HEAD_DIM, COPY)
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
+    dims = gl.arange(0, D, gl.SliceLayout(0, COPY))
+    mask = (rows < length - row)[:, None]
+    if HEAD_DIM != D:
+        mask = mask & (dims < HEAD_DIM)[None, :]
+    gl.store(out + row.to(gl.int64) * out_row + rows[:, None] * out_row + dims[None, :], result, mask=mask)
 
 
 @gluon.jit
@@ -337,10 +298,12 @@ def consumer(
         dk_out, dv_out = results
         num_heads = tiles[3]
         _, head, first, _, first_k, _, len_k, _, _, _ = work
-        dk_out += first_k.to(gl.int64) * (num_heads * HEAD_DIM) + head * HEAD_DIM
-        dv_out += first_k.to(gl.int64) * (num_heads * HEAD_DIM_V) + head * HEAD_DIM_V
-        store_zeros(dk_out, first + c * ROWS, len_k, num_heads * HEAD_DIM, D, HEAD_DIM)
-        store_zeros(dv_out, first + c * ROWS, len_k, num_heads * HEAD_DIM_V, D, HEAD_DIM_V)
+        row = (first_k + first + c * ROWS).to(gl.int64)
+        left = len_k - first - c * ROWS
+        dk_row = num_heads * HEAD_DIM
+        dv_row = num_heads * HEAD_DIM_V
+        write_zeros(dk_out + row * dk_row + head * HEAD_DIM, left, dk_row, D, HEAD_DIM)
+        write_zeros(dv_out + row * dv_row + head * HEAD_DIM_V, left, dv_row, D, HEAD_DIM_V)
 
 
 @gluon.jit

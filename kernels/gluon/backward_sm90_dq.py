@@ -31,15 +31,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from vllm_accel.kernels.gluon.backward_sm90_dkv import (
-    extent,
     in_groups,
     operand,
     products,
-    sequence_at,
     store_tile,
-    store_zeros,
 )
-from vllm_accel.kernels.gluon.forward_sm90 import as_matrix, masked, partition_barrier, zero_rows_from
+from vllm_accel.kernels.gluon.forward_sm90 import (
+    as_matrix,
+    extent,
+    masked,
+    partition_barrier,
+    sequence_at,
+    write_zeros,
+    zero_rows_from,
+)
 
 LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = gl.constexpr(64)  # query rows of one consumer: the M of one wgmma
@@ -156,8 +161,9 @@ def consumer(
     elif VARLEN:
         num_heads = tiles[3]
         _, head, first, first_q, _, len_q, _, _ = work
-        dq_out += first_q.to(gl.int64) * (num_heads * HEAD_DIM) + head * HEAD_DIM
-        store_zeros(dq_out, first + c * ROWS, len_q, num_heads * HEAD_DIM, D, HEAD_DIM)
+        row = (first_q + first + c * ROWS).to(gl.int64)
+        dq_row = num_heads * HEAD_DIM
+        write_zeros(dq_out + row * dq_row + head * HEAD_DIM, len_q - first - c * ROWS, dq_row, D, HEAD_DIM)
 
 
 @gluon.jit

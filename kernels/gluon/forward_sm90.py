@@ -61,41 +61,66 @@ def named_arrive(barrier):
 
 
 @gluon.jit
+def sequence_at(slot, num_sequences, cu_seqlens, TILE: gl.constexpr):
+    """Return which packed sequence a slot is for, and which tile of it.
+
+    Sequence b has the slots from cu_seqlens[b] // TILE + b on, which are at least as many as its tiles, whatever the
+    lengths, and at most one more. What is past the last sequence counts as one more sequence.
+    """
+    low = 0
+    high = num_sequences
+    while low < high:
+        middle = (low + high + 1) // 2
+        found = gl.load(cu_seqlens + middle) // TILE + middle <= slot
+        low = gl.where(found, middle, low)
+        high = gl.where(found, high, middle - 1)
+    return low, slot - gl.load(cu_seqlens + low) // TILE - low
+
+
+@gluon.jit
+def extent(batch, num_sequences, seqlen, cu_seqlens):
+    """Return where a packed sequence starts and its length; of sequence `num_sequences`, what is past the last one."""
+    first = gl.load(cu_seqlens + batch)
+    end = gl.load(cu_seqlens + gl.minimum(batch + 1, num_sequences))
+    return first, gl.where(batch < num_sequences, end, seqlen) - first
+
+
+@gluon.jit
 def tile_at(index, tiles, BM: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr):
     """Say which rows tile `index` is. Heads go in groups of `heads_together` (their K and V fit in L2), and within a
-    group all heads' heaviest causal tiles come first."""
+    group all heads' heaviest causal tiles come first (of each packed sequence)."""
     # In a packed batch seqlen_q is the number of all rows.
-    _, tiles_per_head, heads_together, num_heads_batch, num_heads, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k = (
-        tiles
-    )
+    _, tiles_per_head, heads_together, num_sequences, num_heads, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k = tiles
+    heads = num_heads
+    if not VARLEN:
+        heads = num_heads * num_sequences
     group = index // (tiles_per_head * heads_together)
     inside = index - group * (tiles_per_head * heads_together)
-    width = gl.minimum(heads_together, num_heads_batch - group * heads_together)
+    width = gl.minimum(heads_together, heads - group * heads_together)
     row_tile = inside // width
-    head_batch = group * heads_together + inside - row_tile * width
+    head = group * heads_together + inside - row_tile * width
     if CAUSAL:
         row_tile = tiles_per_head - 1 - row_tile
-    batch = head_batch // num_heads
-    head = head_batch - batch * num_heads
-    start = row_tile * BM
+    batch = 0
+    first_q = 0
+    first_k = 0
+    len_q = seqlen_q
+    len_k = seqlen_k
     if VARLEN:
-        first_q = gl.load(cu_seqlens_q + batch)
-        first_k = gl.load(cu_seqlens_k + batch)
-        len_q = gl.load(cu_seqlens_q + batch + 1) - first_q
-        len_k = gl.load(cu_seqlens_k + batch + 1) - first_k
-        batch = 0
+        sequence, row_tile = sequence_at(row_tile, num_sequences, cu_seqlens_q, BM)
+        first_q, len_q = extent(sequence, num_sequences, seqlen_q, cu_seqlens_q)
+        first_k, len_k = extent(sequence, num_sequences, seqlen_k, cu_seqlens_k)
     else:
-        first_q = 0
-        first_k = 0
-        len_q = seqlen_q
-        len_k = seqlen_k
+        batch = head // num_heads
+        head -= batch * num_heads
+    start = row_tile * BM
     visible = len_k
     if CAUSAL:
         visible = gl.minimum(visible, gl.minimum(start + BM, len_q) + len_k - len_q)
     # A tile without keys runs one block with everything masked.
     blocks = (gl.maximum(visible, 1) + BN - 1) // BN
     if VARLEN:
-        blocks = gl.where(start < len_q, blocks, 0)
+        blocks = gl.where((sequence < num_sequences) & (start < len_q), blocks, 0)
     return batch, head, start, first_q, first_k, len_q, len_k, blocks
 
 
@@ -247,6 +272,17 @@ def step(
 
 
 @gluon.jit
+def write_zeros(out, rows, out_row, D: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Write rows of zeros, 64 at most: what belongs to no sequence. One by one, so that this shares no address with
+    what stores a tile: the compiler would compute it before both, and keep it through the main loop."""
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    dims = gl.arange(0, D, LINE)
+    zero = gl.zeros([D], out.dtype.element_ty, LINE)
+    for row in range(gl.minimum(rows, ROWS)):
+        gl.store(out + row * out_row + dims, zero, mask=dims < HEAD_DIM)
+
+
+@gluon.jit
 def consumer(
     c, shared, results, tiles, scale,
     CONSUMERS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
@@ -351,30 +387,13 @@ def consumer(
             mbarrier.arrive(q_empty.index(q_index), count=1)
             used += blocks
             work += 1
-
-
-@gluon.jit
-def clear_past_end(
-    out, lse, cu_seqlens_q, total_q, num_heads, num_sequences, D: gl.constexpr, HEAD_DIM: gl.constexpr
-):  # fmt: skip
-    """Write 0 and -inf into the rows of no sequence, shared among the blocks of the grid."""
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
-    dims = gl.arange(0, D, gl.SliceLayout(0, COPY))
-    end = gl.load(cu_seqlens_q + num_sequences)
-    tiles = (total_q - end + ROWS - 1) // ROWS
-    for index in range(gl.program_id(0), tiles * num_heads, gl.num_programs(0)):
-        head = index % num_heads
-        row = end + index // num_heads * ROWS
-        inside = rows < total_q - row
-        out_row = num_heads * HEAD_DIM
-        base = out + row.to(gl.int64) * out_row + head * HEAD_DIM
-        zero = gl.zeros([ROWS, D], out.dtype.element_ty, COPY)
-        gl.store(
-            base + rows[:, None] * out_row + dims[None, :], zero, mask=inside[:, None] & (dims < HEAD_DIM)[None, :]
-        )
-        lse_base = lse + head.to(gl.int64) * total_q + row
-        gl.store(lse_base + rows, gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, COPY)), mask=inside)
+        elif VARLEN:
+            at = (first_q + start).to(gl.int64)
+            left = len_q - start
+            write_zeros(out + at * (num_heads * HEAD_DIM) + head * HEAD_DIM, left, num_heads * HEAD_DIM, D, HEAD_DIM)
+            at += head.to(gl.int64) * total_q
+            for i in range(gl.minimum(left, ROWS)):
+                gl.store(lse + at + i, float("-inf"))
 
 
 @gluon.jit(
@@ -419,19 +438,15 @@ def attention_forward(
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
     fence_async_shared()
     partition_barrier()
-    if VARLEN:
-        clear_past_end(
-            out, lse, cu_seqlens_q, seqlen_q, num_heads, num_sequences, D, HEAD_DIM,
-        )  # fmt: skip
-    else:
+    if not VARLEN:
         cu_seqlens_q = 0  # None cannot stand in a tuple
         cu_seqlens_k = 0
     scale = softmax_scale * LOG2E
     shared = (q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty)
     results = (out, lse)
     tiles = (
-        num_tiles, tiles_per_head, heads_together, num_heads * num_sequences, num_heads, seqlen_q, seqlen_k,
-        cu_seqlens_q, cu_seqlens_k,
+        num_tiles, tiles_per_head, heads_together, num_sequences, num_heads, seqlen_q, seqlen_k, cu_seqlens_q,
+        cu_seqlens_k,
     )  # fmt: skip
     # Constexprs are spelt out: in a tuple that is assigned to a name they would become run-time values.
     if CONSUMERS == 2:

@@ -95,7 +95,6 @@ def forward_launch(
     *,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
     max_seqlen_k: int,
     softmax_scale: float,
     causal: bool,
@@ -117,10 +116,13 @@ def forward_launch(
     sequences = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else batch[0]
     tile = tile_dim(head_dim, head_dim_v)
     group = num_heads // num_kv_heads
-    tiles_per_head = -(-max_seqlen_q // (variant.consumers * ROWS))
-    num_tiles = tiles_per_head * num_heads * sequences
+    rows = variant.consumers * ROWS
+    # Packed: as many slots as `sequence_at` may want, for heads of one batch.
+    tiles_per_head = tokens // rows + sequences + 1 if varlen else -(-tokens // rows)
+    heads = num_heads if varlen else num_heads * sequences
+    num_tiles = tiles_per_head * heads
     bytes_per_head = max(1, max_seqlen_k) * 2 * tile * q.element_size()
-    heads_together = min(max(1, L2_SHARE // bytes_per_head) * group, num_heads * sequences)
+    heads_together = min(max(1, L2_SHARE // bytes_per_head) * group, heads)
     grid = min(num_tiles, sm_count) if variant.persistent else num_tiles
     return Launch(
         fn=attention_forward,
