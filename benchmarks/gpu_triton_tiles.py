@@ -167,7 +167,7 @@ def _gluon_data(
     def launches(variant: Any) -> tuple[Launch, ...]:
         return (
             gluon.forward_launch(
-                q, k, v, out, lse, cu_seqlens_q=None, cu_seqlens_k=None,
+                q, k, v, out, lse, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=lengths[0],
                 max_seqlen_k=lengths[1], softmax_scale=d**-0.5, causal=causal, head_dim_v=d, variant=variant,
                 sm_count=where.sm_count,
             ),

@@ -157,8 +157,8 @@ def backward_data(
     def launches(tile: Any) -> tuple[Launch, ...]:
         if not isinstance(tile, Tile):
             given = {
-                "cu_seqlens_q": None, "cu_seqlens_k": None, "softmax_scale": args.softmax_scale, "causal": True,
-                "variant": tile,
+                "cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": lengths[0], "max_seqlen_k": lengths[1],
+                "softmax_scale": args.softmax_scale, "causal": True, "variant": tile,
             }  # fmt: skip
             return (gluon_launch(part, (q, k, v, dout), lse, delta, (dq, dk, dv), given),)
         if part == "dq":
@@ -194,8 +194,8 @@ def gluon_launch(
     q, k, v, dout = inputs
     dq, dk, dv = grads
     if part == "dq":
-        return gluon.dq_launch(q, k, v, dout, lse, delta, dq, max_seqlen_k=k.shape[-3], **given)
-    return gluon.dkv_launch(q, k, v, dout, lse, delta, dk, dv, max_seqlen_q=q.shape[-3], **given)
+        return gluon.dq_launch(q, k, v, dout, lse, delta, dq, **given)
+    return gluon.dkv_launch(q, k, v, dout, lse, delta, dk, dv, **given)
 
 
 def _gradients(

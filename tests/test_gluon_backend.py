@@ -140,7 +140,7 @@ def test_heads_that_fit_in_l2_go_together(launched):
     q = torch.empty(4, 8192, 32, 128, dtype=torch.bfloat16, device="meta")
     k = torch.empty(4, 8192, 8, 128, dtype=torch.bfloat16, device="meta")
     launch = launches.forward_launch(
-        q, k, k, q, torch.empty(4, 32, 8192, device="meta"), cu_seqlens_q=None, cu_seqlens_k=None,
+        q, k, k, q, torch.empty(4, 32, 8192, device="meta"), cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=8192,
         max_seqlen_k=8192, softmax_scale=1.0, causal=True, head_dim_v=128, sm_count=132,
         variant=launches.VARIANTS[128]._replace(persistent=True),
     )  # fmt: skip

@@ -33,10 +33,11 @@ def compiled(
     cu = torch.empty(4, dtype=torch.int32, device="meta") if packed else None
     given = {
         "softmax_scale": 0.1, "causal": causal, "variant": variant, "cu_seqlens_q": cu, "cu_seqlens_k": cu,
+        "max_seqlen_q": tokens, "max_seqlen_k": tokens,
     }  # fmt: skip
     if kind == "dkv":
-        return compile_launch(launches.dkv_launch(q, k, v, dout, lse, lse, k, v, max_seqlen_q=tokens, **given), "sm_90")
-    return compile_launch(launches.dq_launch(q, k, v, dout, lse, lse, q, max_seqlen_k=tokens, **given), "sm_90")
+        return compile_launch(launches.dkv_launch(q, k, v, dout, lse, lse, k, v, **given), "sm_90")
+    return compile_launch(launches.dq_launch(q, k, v, dout, lse, lse, q, **given), "sm_90")
 
 
 #: Spill instructions that are accepted: in all, and in a loop without masks. An H200 took the dK and dV kernel of D =

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gluon_interpreter import Descriptor, Machine, Pointer
+from vllm_accel.kernels.gluon.forward_sm90_launch import slots
 
 KERNELS = Path(__file__).parent.parent / "kernels/gluon"
 DKV, DQ = KERNELS / "backward_sm90_dkv.py", KERNELS / "backward_sm90_dq.py"
@@ -60,7 +61,8 @@ def run(
     if lengths:
         batch, sequences = 1, len(lengths)
         cu_q, cu_k = (np.cumsum([0, *[pair[i] for pair in lengths]]) for i in (0, 1))
-        seqlen_q, seqlen_k = cu_q[-1] + 75, cu_k[-1] + 75
+        longest = [max(pair[i] for pair in lengths) for i in (0, 1)]
+        seqlen_q, seqlen_k = cu_q[-1] + 300, cu_k[-1] + 300
 
     def draw(*shape):
         return rng.standard_normal(shape).astype(np.float32)
@@ -96,7 +98,7 @@ def run(
 
     if "dkv" in which:
         dk, dv = (np.full((batch, seqlen_k, kv_heads, D), 7, np.float32) for _ in range(2))
-        tiles = seqlen_k // 128 + sequences + 1 if lengths else -(-seqlen_k // 128)
+        tiles = slots(seqlen_k, sequences, longest[1], 128) if lengths else -(-seqlen_k // 128)
         args = (
             Descriptor(q, (1, 1, bm, D)), Descriptor(k, (1, 1, 64, D)), Descriptor(v, (1, 1, 64, D)),
             Descriptor(dout, (1, 1, bm, D)), *statistics, Pointer(dk.reshape(-1)), Pointer(dv.reshape(-1)), *cu, scale,
@@ -108,7 +110,7 @@ def run(
         compare(dv, 2)
     if "dq" in which:
         got = np.full((batch, seqlen_q, heads, D), 7, np.float32)
-        tiles = seqlen_q // 128 + sequences + 1 if lengths else -(-seqlen_q // 128)
+        tiles = slots(seqlen_q, sequences, longest[0], 128) if lengths else -(-seqlen_q // 128)
         args = (
             Descriptor(q, (1, 1, 64, D)), Descriptor(k, (1, 1, bn, D)), Descriptor(v, (1, 1, bn, D)),
             Descriptor(dout, (1, 1, 64, D)), *statistics, Pointer(got.reshape(-1)), *cu, scale, seqlen_q, seqlen_k,
@@ -120,6 +122,7 @@ def run(
 
 
 LENGTHS = [(40, 40), (1, 50), (0, 5), (30, 0), (190, 90), (20, 33), (33, 150)]
+ALIKE = [(250, 140), (130, 250), (140, 200), (240, 0)]  # as many slots for each: see `slots`
 SHAPES = [
     {"seqlen_q": 16, "seqlen_k": 16, "heads": 1},
     {"seqlen_q": 150, "seqlen_k": 70, "causal": True},
@@ -143,6 +146,7 @@ def test_every_shape_is_right_and_never_stuck(shape, overlap):
 def test_packed_sequences_do_not_see_each_other(overlap, causal):
     for seed, stages in ((0, 2), (1, 3)):
         run(seed=seed, lengths=LENGTHS, stages=stages, overlap=overlap, causal=causal)
+        run(seed=seed, lengths=ALIKE, stages=stages, overlap=overlap, causal=causal, heads=1)
 
 
 @pytest.mark.parametrize("together", [1, 2, 5])
@@ -165,11 +169,12 @@ def test_tiles_are_a_permutation_whatever_heads_go_together(together):
         ("dkv", "gl.maximum(row + BN - 1, 0)", "gl.maximum(row + BN - 33, 0)"),
         ("dkv", "(rows < length - row)", "(rows <= length - row)"),
         ("dkv", "member == 0, 1, 0", "member == 1, 1, 0"),
-        ("dkv", "(sequence < num_sequences) & (first < len_k)", "first < len_k"),
-        ("dkv", "row = (first_k + first + c * ROWS)", "row = (first_k + first)"),
-        ("dkv", "left = len_k - first - c * ROWS", "left = len_k - first - 2 * c * ROWS"),
-        ("dq", "(sequence < num_sequences) & (first < len_q)", "first < len_q"),
-        ("dq", "row = (first_q + first + c * ROWS)", "row = (first_q + first)"),
+        ("dkv", "is_none | (first >= len_k)", "(first >= len_k)"),
+        ("dkv", "gl.minimum(first + rows, len_k)", "first"),
+        ("dkv", "begin = first_k + first + c", "begin = first_k + first + 1"),
+        ("dq", "is_none | (first >= len_q)", "(first >= len_q)"),
+        ("dq", "gl.minimum(first + rows, len_q)", "first"),
+        ("dq", "first_q + first + c, first_q", "first_q + first, first_q"),
         ("dkv", "zero_past_end(as_matrix(q_s.index(slot)), left, BM, D)", "pass"),
         ("dkv", "zero_past_end(as_matrix(do_s.index(slot)), left, BM, D)", "pass"),
         ("dkv", "(rows < left)[:, None]", "(rows <= left)[:, None]"),
@@ -205,6 +210,7 @@ def test_a_broken_kernel_is_noticed(tmp_path, kind, old, new):
             run(seed=9, heads=1, seqlen_q=190, seqlen_k=140, causal=True, **options)
             run(seed=9, heads=1, seqlen_q=300, seqlen_k=20, causal=True, **options)
             run(seed=9, lengths=LENGTHS, causal=overlap == 1, **options)
+            run(seed=9, heads=1, lengths=ALIKE, causal=overlap == 1, **options)
         for seed in range(20):  # what only an unlucky order shows
             run(seed=seed, heads=1, seqlen_q=40, seqlen_k=90, **options)
 

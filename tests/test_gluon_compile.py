@@ -39,7 +39,7 @@ def compiled(head_dim, causal, packed, options=(), head_dim_v=None, dtype=torch.
     cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta") if packed else None
     tile = launches.tile_dim(head_dim, head_dim_v)
     launch = launches.forward_launch(
-        q, k, v, out, lse, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_k=300,
+        q, k, v, out, lse, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=300, max_seqlen_k=300,
         softmax_scale=0.1, causal=causal, head_dim_v=head_dim_v,
         variant=launches.VARIANTS[tile]._replace(**dict(options)), sm_count=132,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def compile_at(tokens, heads):
     q = torch.empty(1, tokens, heads, 64, dtype=torch.bfloat16, device="meta")
     launch = launches.forward_launch(
         q, q, q, q, torch.empty(1, heads, tokens, device="meta"), cu_seqlens_q=None, cu_seqlens_k=None,
-        max_seqlen_k=tokens, softmax_scale=1.0, causal=False, head_dim_v=64,
+        max_seqlen_q=tokens, max_seqlen_k=tokens, softmax_scale=1.0, causal=False, head_dim_v=64,
         variant=launches.VARIANTS[64], sm_count=132,
     )  # fmt: skip
     return compile_launch(launch, "sm_90")

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from gluon_interpreter import Descriptor, Machine, Pointer
+from vllm_accel.kernels.gluon.forward_sm90_launch import slots
 
 SOURCE = Path(__file__).parent.parent / "kernels/gluon/forward_sm90.py"
 BN, D = 16, 8  # a block of keys is a quarter of a consumer's rows, so that diagonals cross many blocks
 LENGTHS = [(40, 40), (1, 50), (0, 5), (30, 0), (140, 90), (20, 33), (9, 9)]
+ALIKE = [(250, 40), (130, 50), (0, 5), (240, 0), (140, 90), (256, 33), (9, 9)]  # as many slots for each: see `slots`
 
 VARIANTS = {
     "plain": {"OVERLAP": False},
@@ -51,7 +53,7 @@ def run(
 ):  # fmt: skip
     """Run the kernel and compare; packed tensors end in rows of NaN, and the last sequence's K and V are all NaN."""
     rng = np.random.default_rng(seed)
-    scale, tail = 0.3, 75
+    scale, tail = 0.3, 300
     if lengths:
         batch, sequences = 1, len(lengths)
         seqlen_q, seqlen_k = (sum(pair[i] for pair in lengths) + tail for i in (0, 1))
@@ -73,7 +75,9 @@ def run(
         "PRODUCER_REGISTERS": 24, **options,
     }  # fmt: skip
     rows = 64 * constexprs["CONSUMERS"]
-    tiles_per_head = seqlen_q // rows + sequences + 1 if lengths else -(-seqlen_q // rows)
+    tiles_per_head = -(-seqlen_q // rows)
+    if lengths:
+        tiles_per_head = slots(seqlen_q, sequences, max(pair[0] for pair in lengths), rows)
     tiles = tiles_per_head * heads * batch
     args = (
         Descriptor(q, (1, 1, 64, D)), *(Descriptor(t, (1, 1, constexprs["BN"], D)) for t in (k, v)),
@@ -98,6 +102,7 @@ def run(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_right_and_never_stuck(variant):
+    assert slots(300 + sum(n for n, _ in LENGTHS), len(LENGTHS), 140, 128) == 12 and slots(1325, 7, 256, 128) == 15
     options = VARIANTS[variant]
     for blocks in (1, 2, 3, 6):
         run(seed=blocks, heads=1, seqlen_k=BN * blocks, **options)
@@ -105,6 +110,7 @@ def test_every_variant_is_right_and_never_stuck(variant):
     run(seed=8, kv_heads=2, seqlen_q=70, seqlen_k=150, causal=True, **options)
     run(seed=9, lengths=LENGTHS, causal=True, **options)
     run(seed=10, lengths=LENGTHS, causal=False, **options)
+    run(seed=12, lengths=ALIKE, causal=True, heads=1, **options)
     run(seed=11, lengths=[(70, 20), (9, 9)], BN=48, **options)  # what is zeroed is shared out
 
 
@@ -132,9 +138,11 @@ def test_tiles_are_a_permutation_whatever_heads_go_together(together):
         ("(i % CONSUMERS == c)", "(i % CONSUMERS == 0)"),
         ("TILE + middle <= slot", "TILE <= slot"),
         ("gl.where(batch < num_sequences, end, seqlen)", "end"),
-        ("(sequence < num_sequences) & (start < len_q)", "start < len_q"),
-        ("at = (first_q + start).to", "at = first_q.to"),
-        ("at += head.to(gl.int64) * total_q", "pass"),
+        ("is_none | (start >= len_q)", "(start >= len_q)"),
+        ("gl.minimum(start + rows, len_q)", "start"),
+        ("each = (slots - 1) // num_sequences", "each = slots // num_sequences"),
+        ("begin = first_q + start - c * ROWS + c", "begin = first_q + start - c * ROWS"),
+        ("gl.store(lse + head.to(gl.int64) * total_q", "gl.store(lse"),
         ("    named_sync(CONSUMERS_BARRIER, CONSUMERS * 128)\n", "    pass\n"),
         ('shift = gl.where(highest == float("-inf"), 0.0, highest)', "shift = highest"),
         ("free = gl.minimum(free, start + 1", "free = gl.minimum(free, start + 17"),
@@ -151,7 +159,8 @@ def test_a_broken_protocol_is_noticed(tmp_path, old, new):
     def runs():
         for options in ({"PINGPONG": True}, {"PINGPONG": True, "PERSISTENT": True}, {"PERSISTENT": True}):
             run(source=broken, heads=1, seqlen_q=150, seqlen_k=90, **options)
-            run(source=broken, seed=9, lengths=LENGTHS, causal=True, **options)
+            for lengths in (LENGTHS, ALIKE, ALIKE[:1]):
+                run(source=broken, seed=9, lengths=lengths, causal=True, **options)
             run(source=broken, seed=11, lengths=[(70, 20), (9, 9)], BN=48, **options)
 
     with pytest.raises(AssertionError):  # a Deadlock is one

@@ -70,23 +70,25 @@ def keys_at(index, tiles, BM: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.con
 
     Heads go in groups of `heads_together` (their Q and dO fit in L2), and within a group all heads' heaviest causal
     tiles come first (of each packed sequence). A tile that no row sees has one block, with P = 0. One past a packed
-    sequence's end, or past the last sequence, has none.
+    sequence's end, or past the last sequence, has none; what is from `first` to `len_k` then belongs to no sequence.
     """
     BN: gl.constexpr = 2 * ROWS
     tile, batch, head = in_groups(index, tiles, VARLEN)
-    _, _, num_sequences, _, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k = tiles
+    slots, _, num_sequences, _, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k = tiles
     first_q = 0
     first_k = 0
     len_q = seqlen_q
     len_k = seqlen_k
     if VARLEN:
-        sequence, tile = sequence_at(tile, num_sequences, cu_seqlens_k, BN)
+        sequence, tile, rows = sequence_at(tile, slots, num_sequences, seqlen_k, cu_seqlens_k, BN)
         first_q, len_q = extent(sequence, num_sequences, seqlen_q, cu_seqlens_q)
         first_k, len_k = extent(sequence, num_sequences, seqlen_k, cu_seqlens_k)
     first = tile * BN
     blocks = (gl.maximum(len_q, 1) + BM - 1) // BM
     if VARLEN:
-        blocks = gl.where((sequence < num_sequences) & (first < len_k), blocks, 0)
+        is_none = sequence == num_sequences
+        blocks = gl.where(is_none | (first >= len_k), 0, blocks)
+        len_k = gl.where(is_none, gl.minimum(first + rows, len_k), len_k)
     if CAUSAL:
         # Row i sees the keys up to i + len_k - len_q.
         row = first + len_q - len_k  # the first that sees key `first`
@@ -298,12 +300,10 @@ def consumer(
         dk_out, dv_out = results
         num_heads = tiles[3]
         _, head, first, _, first_k, _, len_k, _, _, _ = work
-        row = (first_k + first + c * ROWS).to(gl.int64)
-        left = len_k - first - c * ROWS
-        dk_row = num_heads * HEAD_DIM
-        dv_row = num_heads * HEAD_DIM_V
-        write_zeros(dk_out + row * dk_row + head * HEAD_DIM, left, dk_row, D, HEAD_DIM)
-        write_zeros(dv_out + row * dv_row + head * HEAD_DIM_V, left, dv_row, D, HEAD_DIM_V)
+        begin = first_k + first + c
+        end = first_k + len_k
+        write_zeros(dk_out + head * HEAD_DIM, begin, end, 2, num_heads * HEAD_DIM, D, HEAD_DIM)
+        write_zeros(dv_out + head * HEAD_DIM_V, begin, end, 2, num_heads * HEAD_DIM_V, D, HEAD_DIM_V)
 
 
 @gluon.jit

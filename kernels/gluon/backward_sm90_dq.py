@@ -66,7 +66,7 @@ def rows_at(index, tiles, BN: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.con
     len_q = seqlen_q
     len_k = seqlen_k
     if VARLEN:
-        sequence, tile = sequence_at(tile, num_sequences, cu_seqlens_q, BM)
+        sequence, tile, rows = sequence_at(tile, tiles_per_head, num_sequences, seqlen_q, cu_seqlens_q, BM)
         first_q, len_q = extent(sequence, num_sequences, seqlen_q, cu_seqlens_q)
         first_k, len_k = extent(sequence, num_sequences, seqlen_k, cu_seqlens_k)
     first = tile * BM
@@ -75,7 +75,9 @@ def rows_at(index, tiles, BN: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.con
         visible = gl.minimum(visible, gl.minimum(first + BM, len_q) + len_k - len_q)
     blocks = (gl.maximum(visible, 1) + BN - 1) // BN
     if VARLEN:
-        blocks = gl.where((sequence < num_sequences) & (first < len_q), blocks, 0)
+        is_none = sequence == num_sequences
+        blocks = gl.where(is_none | (first >= len_q), 0, blocks)
+        len_q = gl.where(is_none, gl.minimum(first + rows, len_q), len_q)
     return batch, head, first, first_q, first_k, len_q, len_k, blocks
 
 
@@ -161,9 +163,8 @@ def consumer(
     elif VARLEN:
         num_heads = tiles[3]
         _, head, first, first_q, _, len_q, _, _ = work
-        row = (first_q + first + c * ROWS).to(gl.int64)
         dq_row = num_heads * HEAD_DIM
-        write_zeros(dq_out + row * dq_row + head * HEAD_DIM, len_q - first - c * ROWS, dq_row, D, HEAD_DIM)
+        write_zeros(dq_out + head * HEAD_DIM, first_q + first + c, first_q + len_q, 2, dq_row, D, HEAD_DIM)
 
 
 @gluon.jit

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vllm_accel.kernels.gluon.backward_sm90_dkv import attention_dkv
 from vllm_accel.kernels.gluon.backward_sm90_dq import attention_dq
-from vllm_accel.kernels.gluon.forward_sm90_launch import L2_SHARE, ROWS, descriptor
+from vllm_accel.kernels.gluon.forward_sm90_launch import L2_SHARE, ROWS, descriptor, slots
 from vllm_accel.kernels.triton.launch import Launch
 
 TILE = 2 * ROWS  # keys of a dK and dV tile, rows of a dQ tile
@@ -62,16 +62,16 @@ def _heads_together(seqlen: int, tile: int, bytes_of_number: int, group: int, he
     return min(max(1, L2_SHARE // bytes_per_head) * group, heads)
 
 
-def _tiles(tokens: int, sequences: int, cu_seqlens: Tensor | None, heads: int) -> tuple[int, int]:
+def _tiles(tokens: int, sequences: int, cu_seqlens: Tensor | None, longest: int, heads: int) -> tuple[int, int]:
     """Return how many tiles (packed: slots for them) a head has, and how many heads: packed, of one batch."""
     if cu_seqlens is None:
         return -(-tokens // TILE), heads * sequences
-    return tokens // TILE + sequences + 1, heads
+    return slots(tokens, sequences, longest, TILE), heads
 
 
 def dkv_launch(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, *,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
     softmax_scale: float, causal: bool, variant: Variant,
 ) -> Launch:  # fmt: skip
     """Describe the launch that fills dk and dv.
@@ -88,7 +88,7 @@ def dkv_launch(
     sequences = batch[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     tile = tile_dim(head_dim, head_dim_v)
     group = num_heads // num_kv_heads
-    tiles, heads = _tiles(tokens_k, sequences, cu_seqlens_k, num_kv_heads)
+    tiles, heads = _tiles(tokens_k, sequences, cu_seqlens_k, max_seqlen_k, num_kv_heads)
     together = _heads_together(max_seqlen_q * group, tile, q.element_size(), 1, heads)
     return Launch(
         fn=attention_dkv,
@@ -110,7 +110,7 @@ def dkv_launch(
 
 def dq_launch(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, *,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_k: int,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
     softmax_scale: float, causal: bool, variant: Variant,
 ) -> Launch:  # fmt: skip
     """Describe the launch that fills dq, contiguous and like q; the rest as in `dkv_launch`."""
@@ -120,7 +120,7 @@ def dq_launch(
     sequences = batch[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     tile = tile_dim(head_dim, v.shape[-1])
     group = num_heads // num_kv_heads
-    tiles, heads = _tiles(tokens_q, sequences, cu_seqlens_q, num_heads)
+    tiles, heads = _tiles(tokens_q, sequences, cu_seqlens_q, max_seqlen_q, num_heads)
     together = _heads_together(max_seqlen_k, tile, q.element_size(), group, heads)
     return Launch(
         fn=attention_dq,

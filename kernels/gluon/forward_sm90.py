@@ -61,20 +61,29 @@ def named_arrive(barrier):
 
 
 @gluon.jit
-def sequence_at(slot, num_sequences, cu_seqlens, TILE: gl.constexpr):
-    """Return which packed sequence a slot is for, and which tile of it.
+def sequence_at(slot, slots, num_sequences, seqlen, cu_seqlens, TILE: gl.constexpr):
+    """Return which packed sequence one of a head's slots is for, which tile of it, and how many rows it is at most.
 
-    Sequence b has the slots from cu_seqlens[b] // TILE + b on, which are at least as many as its tiles, whatever the
-    lengths, and at most one more. What is past the last sequence counts as one more sequence.
+    What is past the last sequence counts as one more. The host gives the fewer slots of two ways to share them out:
+    as many for each sequence as the longest needs, and one for all that is past the last; or for sequence b those from
+    cu_seqlens[b] // TILE + b on, which are at least as many as its tiles, whatever the lengths, and at most one more.
     """
-    low = 0
-    high = num_sequences
-    while low < high:
-        middle = (low + high + 1) // 2
-        found = gl.load(cu_seqlens + middle) // TILE + middle <= slot
-        low = gl.where(found, middle, low)
-        high = gl.where(found, high, middle - 1)
-    return low, slot - gl.load(cu_seqlens + low) // TILE - low
+    sequence = 0
+    rows = seqlen
+    if slots <= seqlen // TILE + num_sequences:
+        each = (slots - 1) // num_sequences
+        sequence = slot // each
+        tile = slot - sequence * each
+    else:
+        high = num_sequences
+        while sequence < high:
+            middle = (sequence + high + 1) // 2
+            found = gl.load(cu_seqlens + middle) // TILE + middle <= slot
+            sequence = gl.where(found, middle, sequence)
+            high = gl.where(found, high, middle - 1)
+        tile = slot - gl.load(cu_seqlens + sequence) // TILE - sequence
+        rows = gl.minimum(seqlen, TILE)
+    return sequence, tile, rows
 
 
 @gluon.jit
@@ -88,7 +97,10 @@ def extent(batch, num_sequences, seqlen, cu_seqlens):
 @gluon.jit
 def tile_at(index, tiles, BM: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr):
     """Say which rows tile `index` is. Heads go in groups of `heads_together` (their K and V fit in L2), and within a
-    group all heads' heaviest causal tiles come first (of each packed sequence)."""
+    group all heads' heaviest causal tiles come first (of each packed sequence).
+
+    Where `blocks` is 0, rows from `start` to `len_q`, if any, belong to no sequence.
+    """
     # In a packed batch seqlen_q is the number of all rows.
     _, tiles_per_head, heads_together, num_sequences, num_heads, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k = tiles
     heads = num_heads
@@ -107,7 +119,7 @@ def tile_at(index, tiles, BM: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constex
     len_q = seqlen_q
     len_k = seqlen_k
     if VARLEN:
-        sequence, row_tile = sequence_at(row_tile, num_sequences, cu_seqlens_q, BM)
+        sequence, row_tile, rows = sequence_at(row_tile, tiles_per_head, num_sequences, seqlen_q, cu_seqlens_q, BM)
         first_q, len_q = extent(sequence, num_sequences, seqlen_q, cu_seqlens_q)
         first_k, len_k = extent(sequence, num_sequences, seqlen_k, cu_seqlens_k)
     else:
@@ -120,7 +132,9 @@ def tile_at(index, tiles, BM: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constex
     # A tile without keys runs one block with everything masked.
     blocks = (gl.maximum(visible, 1) + BN - 1) // BN
     if VARLEN:
-        blocks = gl.where((sequence < num_sequences) & (start < len_q), blocks, 0)
+        is_none = sequence == num_sequences
+        blocks = gl.where(is_none | (start >= len_q), 0, blocks)
+        len_q = gl.where(is_none, gl.minimum(start + rows, len_q), len_q)
     return batch, head, start, first_q, first_k, len_q, len_k, blocks
 
 
@@ -272,14 +286,15 @@ def step(
 
 
 @gluon.jit
-def write_zeros(out, rows, out_row, D: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Write rows of zeros, 64 at most: what belongs to no sequence. One by one, so that this shares no address with
+def write_zeros(out, first, end, step, out_row, D: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Write every `step`-th row of zeros: what belongs to no sequence. One by one, so that this shares no address with
     what stores a tile: the compiler would compute it before both, and keep it through the main loop."""
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dims = gl.arange(0, D, LINE)
     zero = gl.zeros([D], out.dtype.element_ty, LINE)
-    for row in range(gl.minimum(rows, ROWS)):
-        gl.store(out + row * out_row + dims, zero, mask=dims < HEAD_DIM)
+    wide = out_row.to(gl.int64)
+    for row in range(first, end, step):
+        gl.store(out + row * wide + dims, zero, mask=dims < HEAD_DIM)
 
 
 @gluon.jit
@@ -388,12 +403,12 @@ def consumer(
             used += blocks
             work += 1
         elif VARLEN:
-            at = (first_q + start).to(gl.int64)
-            left = len_q - start
-            write_zeros(out + at * (num_heads * HEAD_DIM) + head * HEAD_DIM, left, num_heads * HEAD_DIM, D, HEAD_DIM)
-            at += head.to(gl.int64) * total_q
-            for i in range(gl.minimum(left, ROWS)):
-                gl.store(lse + at + i, float("-inf"))
+            begin = first_q + start - c * ROWS + c
+            write_zeros(
+                out + head * HEAD_DIM, begin, first_q + len_q, CONSUMERS, num_heads * HEAD_DIM, D, HEAD_DIM,
+            )  # fmt: skip
+            for row_of_none in range(begin, first_q + len_q, CONSUMERS):
+                gl.store(lse + head.to(gl.int64) * total_q + row_of_none, float("-inf"))
 
 
 @gluon.jit(

@@ -86,6 +86,11 @@ def descriptor(tensor: Tensor, rows: int, tile: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(shape), [*used, 1], block, layout)
 
 
+def slots(tokens: int, sequences: int, longest: int, tile: int) -> int:
+    """Return how many slots for tiles a head of packed sequences gets: see `sequence_at`."""
+    return min(max(1, -(-longest // tile)) * sequences + 1, tokens // tile + sequences + 1)
+
+
 def forward_launch(
     q: Tensor,
     k: Tensor,
@@ -95,6 +100,7 @@ def forward_launch(
     *,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
     max_seqlen_k: int,
     softmax_scale: float,
     causal: bool,
@@ -117,8 +123,7 @@ def forward_launch(
     tile = tile_dim(head_dim, head_dim_v)
     group = num_heads // num_kv_heads
     rows = variant.consumers * ROWS
-    # Packed: as many slots as `sequence_at` may want, for heads of one batch.
-    tiles_per_head = tokens // rows + sequences + 1 if varlen else -(-tokens // rows)
+    tiles_per_head = slots(tokens, sequences, max_seqlen_q, rows) if varlen else -(-tokens // rows)
     heads = num_heads if varlen else num_heads * sequences
     num_tiles = tiles_per_head * heads
     bytes_per_head = max(1, max_seqlen_k) * 2 * tile * q.element_size()

@@ -62,14 +62,13 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, args: AttentionArgs)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (q, k, v))
     variant = launches.VARIANTS[launches.tile_dim(q.shape[-1], v.shape[-1])]
     options: dict[str, Any] = {
-        "cu_seqlens_q": args.cu_seqlens_q, "cu_seqlens_k": args.cu_seqlens_k, "softmax_scale": args.softmax_scale,
-        "causal": args.causal, "variant": variant,
+        "cu_seqlens_q": args.cu_seqlens_q, "cu_seqlens_k": args.cu_seqlens_k, "max_seqlen_q": args.max_seqlen_q,
+        "max_seqlen_k": args.max_seqlen_k, "softmax_scale": args.softmax_scale, "causal": args.causal,
+        "variant": variant,
     }  # fmt: skip
     index = q.device.index or 0
-    for_keys = Bound(
-        launches.dkv_launch(*described, lse, lse, dk, dv, max_seqlen_q=args.max_seqlen_q, **options), index
-    )
-    for_rows = Bound(launches.dq_launch(*described, lse, lse, dq, max_seqlen_k=args.max_seqlen_k, **options), index)
+    for_keys = Bound(launches.dkv_launch(*described, lse, lse, dk, dv, **options), index)
+    for_rows = Bound(launches.dq_launch(*described, lse, lse, dq, **options), index)
 
     def run(
         q: Tensor,

@@ -133,9 +133,9 @@ class GluonAttention:
             self._launches.forward_launch(
                 ready_q(meta_q), ready_k(meta_k), ready_v(meta_v), meta_q.new_empty(out_shape),
                 meta_q.new_empty(lse_shape, dtype=torch.float32),
-                cu_seqlens_q=args.cu_seqlens_q, cu_seqlens_k=args.cu_seqlens_k, max_seqlen_k=args.max_seqlen_k,
-                softmax_scale=args.softmax_scale, causal=args.causal, head_dim_v=head_dim_v, variant=self._variant,
-                sm_count=self._device.sm_count,
+                cu_seqlens_q=args.cu_seqlens_q, cu_seqlens_k=args.cu_seqlens_k, max_seqlen_q=args.max_seqlen_q,
+                max_seqlen_k=args.max_seqlen_k, softmax_scale=args.softmax_scale, causal=args.causal,
+                head_dim_v=head_dim_v, variant=self._variant, sm_count=self._device.sm_count,
             ),
             q.device.index or 0,
         )  # fmt: skip
