@@ -1,4 +1,4 @@
-"""Our own attention for Hopper: Gluon kernels (``kernels/gluon``), and backward our Triton kernels for some calls.
+"""Our own attention for Hopper: Gluon kernels (``kernels/gluon``), and backward our Triton kernels for heads above 128.
 
 It takes dense and packed calls as they are, full or causal, with grouped heads and any head size up to 256. Whatever
 changes a logit (windows, softcap, biases, sinks, dropout) is for `triton`. Both keep lse as a natural logarithm.
