@@ -274,13 +274,13 @@ def paged_data(
 
     def launches(tile: Tile, num_splits: int = 0, chip: paged_launch.Chip = chip) -> tuple[Launch, ...]:
         sizes = paged_launch.sizes_of(q, v, args, mla=mla)
-        works = splits.plan_work(sizes, lambda rows, many: tile, splits.Gpu(where.sm_count), num_splits)
+        works = splits.plan_work(sizes, lambda rows: tile, splits.Gpu(where.sm_count), num_splits)
         room = splits.scratch(works, sizes)
-        part = torch.empty(room, device=where.device) if room else None
+        part = torch.empty(max(room, 1), device=where.device) if room or works[-1].teams else None
         made = []
         for work in works:
             made.append(paged_launch.attention_launch(work, q, k, v, out, lse, part, args, chip=chip, mla=mla))
-            if work.split and part is not None:
+            if work.split:
                 made.append(paged_launch.combine_launch(work, out, lse, part, args))
         return tuple(made)
 

@@ -17,7 +17,6 @@ from vllm_accel.kernels.triton.pages import (
     BITS_SCALE,
     add_sink,
     find_sequence,
-    find_share,
     finish,
     halves,
     key_count,
@@ -84,106 +83,28 @@ def _attend(
     return acc, odd, m, l
 
 
-@triton.jit(
-    do_not_specialize=[
-        "left", "right", "tokens", "batch", "max_blocks", "num_blocks", "num_splits", "goal", "most", "tiles",
-        "low_q", "high_q", "part_rows",
-    ]
-)  # fmt: skip
-def paged_attention(
-    q_ptr, k_ptr, v_ptr, cu_seqlens, block_table, seqused_k, out_ptr, lse_ptr, part_ptr,
-    slopes, sinks, q_descale, k_descale, v_descale,
-    scale, softcap,
-    left, right, tokens, batch, num_blocks, max_blocks, num_kv_heads, num_splits, goal, most, tiles, low_q,
-    high_q, part_rows,
+@triton.jit
+def attend_rows(
+    sequence, first, len_q, len_k, begin, inner, outer, end, rows, heads, kv_head, live,
+    q_ptr, k_ptr, v_ptr, block_table, slopes, q_descale, k_descale, v_descale, scale, softcap,
+    left, right, num_blocks, num_kv_heads,
     stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_tb,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SEARCH: tl.constexpr, SPLIT: tl.constexpr, SPREAD: tl.constexpr, FIXED: tl.constexpr, PEEL: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
     ROPE: tl.constexpr, BLOCK_R: tl.constexpr, FOLD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
     BITS: tl.constexpr, Q_BITS: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr,
     E5M2: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of rows over one split of one sequence's keys, for one key head.
+    """Let BLOCK_M rows of one sequence and key head attend to its keys [begin, end): return sums, maxima, denominators.
 
     Args:
-        q_ptr: (tokens, num_heads, D). k_ptr, v_ptr: (num_blocks, PAGE, num_kv_heads, D / DV).
-        cu_seqlens: (batch + 1,). block_table: (batch, max_blocks). seqused_k: (batch,).
-        out_ptr: (tokens, num_heads, DV), lse_ptr: (num_heads, tokens), both contiguous; written where SPLIT is off, and
-            for the rows past the last sequence. lse_ptr may be None.
-        part_ptr: with SPLIT, fp32 (num_splits, part_rows, num_heads, DV) normalised sums, then as many rows of base-2
-            log-sum-exps. A row is a token of the batch with SEARCH, of the sequence with SPREAD; else token t of
-            sequence b is row b * high_q + t.
-        slopes: (num_heads,) with ALIBI 1, (batch, num_heads) with ALIBI 2, fp32. sinks: (num_heads,).
-        q_descale, k_descale, v_descale: fp32, with dimensions as Q_DESCALE and so on say (`per_head`), -1 for none.
-        num_splits: splits of each sequence in the launch; with SPREAD shares of all (`pages.find_share`), of which a
-            mean sequence has `goal`, and most keys of each count. What one share computes alone is no partial result.
-        low_q, high_q: only sequences of so many query tokens are computed (the others are another launch's).
-        tiles: with SEARCH the regions of the batch, in which a program finds its sequence; else tiles of rows of each
-            sequence, of which none has more than high_q tokens.
-        PEEL: keys that every row sees have a loop of their own.
-        ROPE: for MLA, where keys have so many more channels than values and k_ptr holds both: D is then DV.
-        BITS, Q_BITS: the caches, or q, are bytes of e4m3. NORM: q gives up its exponents (`row_power`).
-        DTYPE: of the products. PAIRS, ASM: values of 8 bits, e4m3 or E5M2, are read in pairs (`pages.halves`).
+        first: the sequence's first token. rows, heads: token in the sequence and query head of each row; live: it is one.
+        inner, outer: with PEEL the keys between them are seen by every row (`scores.keys_of_rows`).
+        The others: see `paged_attention`.
     """
-    index = tl.program_id(0)
-    kv_head = index % num_kv_heads
-    index = index // num_kv_heads
-    tile = index % tiles
-    index = index // tiles
     num_heads = num_kv_heads * GROUP
-    count = num_splits
-    if SEARCH:
-        split = index
-        # The last tiles of a causal sequence have most to do: they go first.
-        sequence, tile = find_sequence(tiles - 1 - tile, cu_seqlens, batch, tokens, GROUP, BLOCK_M)
-    elif SPREAD:
-        sequence, split, count = find_share(index, seqused_k, batch, most, goal)
-        if (sequence == batch) & (index < num_splits):
-            return
-    else:
-        sequence = index % batch
-        split = index // batch
-        sequence = tl.where(split == num_splits, batch, sequence)
-    first, len_q = query_span(cu_seqlens, sequence, batch, tokens)
-    if sequence == batch:
-        at, programs = tile, tiles  # of those that have these rows
-        if SEARCH:
-            programs = tiles - (first * GROUP // BLOCK_M + batch)
-            at += split * programs
-            programs *= num_splits
-        zero_rows(out_ptr, lse_ptr, at, programs, first, tokens, num_heads, kv_head, GROUP, DV, BLOCK_DV)
-        return
-    if (tile * BLOCK_M >= len_q * GROUP) | (len_q < low_q) | (len_q > high_q):
-        return
-    len_k = key_count(seqused_k, sequence, batch, max_blocks, PAGE)
-
-    r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = r // GROUP
-    heads = kv_head * GROUP + r % GROUP
-    live = rows < len_q
-    SPAN: tl.constexpr = BLOCK_M // GROUP if BLOCK_M % GROUP == 0 else (BLOCK_M - 1) // GROUP + 2
-    low, inner, outer, high = keys_of_rows(
-        tile * BLOCK_M // GROUP, len_q, len_k, left, right, SPAN, BLOCK_N, LEFT, RIGHT
-    )
-    alone = count == 1 if SPREAD else not SPLIT  # nothing to join
-    if SPLIT:
-        begin, end = split_range(low, high, split, num_splits, count, FIXED, BLOCK_N)
-        row = rows
-        if SPREAD:
-            split = index
-        else:
-            row += first if SEARCH else sequence * high_q
-        part = (split.to(tl.int64) * part_rows + row) * num_heads + heads
-        part_lse = part_ptr + num_splits.to(tl.int64) * part_rows * num_heads * DV
-        if (begin >= end) & (not alone):
-            tl.store(part_lse + part, float("-inf"), mask=live)
-            return
-    else:
-        begin, end = low, high
-
     if Q_DESCALE >= 0:
         scale *= per_head(q_descale, sequence, kv_head, num_kv_heads, Q_DESCALE)
     if K_DESCALE >= 0:
@@ -264,19 +185,118 @@ def paged_attention(
         acc *= BITS_SCALE
     if V_DESCALE >= 0:
         acc *= per_head(v_descale, sequence, kv_head, num_kv_heads, V_DESCALE)
-    if SINKS and (SPREAD or not SPLIT):
-        sink = tl.load(sinks + heads, mask=live & alone, other=float("-inf")).to(tl.float32) * LOG2E
+    return acc, m, l
+
+
+@triton.jit(
+    do_not_specialize=[
+        "left", "right", "tokens", "batch", "max_blocks", "num_blocks", "num_splits", "tiles",
+        "low_q", "high_q", "part_rows",
+    ]
+)  # fmt: skip
+def paged_attention(
+    q_ptr, k_ptr, v_ptr, cu_seqlens, block_table, seqused_k, out_ptr, lse_ptr, part_ptr,
+    slopes, sinks, q_descale, k_descale, v_descale,
+    scale, softcap,
+    left, right, tokens, batch, num_blocks, max_blocks, num_kv_heads, num_splits, tiles, low_q, high_q,
+    part_rows,
+    stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_tb,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SEARCH: tl.constexpr, SPLIT: tl.constexpr, FIXED: tl.constexpr, PEEL: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
+    Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
+    ROPE: tl.constexpr, BLOCK_R: tl.constexpr, FOLD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+    BITS: tl.constexpr, Q_BITS: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr,
+    E5M2: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Compute one tile of rows over one split of one sequence's keys, for one key head.
+
+    Args:
+        q_ptr: (tokens, num_heads, D). k_ptr, v_ptr: (num_blocks, PAGE, num_kv_heads, D / DV).
+        cu_seqlens: (batch + 1,). block_table: (batch, max_blocks). seqused_k: (batch,).
+        out_ptr: (tokens, num_heads, DV), lse_ptr: (num_heads, tokens), both contiguous; written where SPLIT is off, and
+            for the rows past the last sequence. lse_ptr may be None.
+        part_ptr: with SPLIT, fp32 (num_splits, part_rows, num_heads, DV) normalised sums, then as many rows of base-2
+            log-sum-exps. A row is a token of the batch with SEARCH; else token t of sequence b is row b * high_q + t.
+        slopes: (num_heads,) with ALIBI 1, (batch, num_heads) with ALIBI 2, fp32. sinks: (num_heads,).
+        q_descale, k_descale, v_descale: fp32, with dimensions as Q_DESCALE and so on say (`per_head`), -1 for none.
+        num_splits: splits of each sequence in the launch.
+        low_q, high_q: only sequences of so many query tokens are computed (the others are another launch's).
+        tiles: with SEARCH the regions of the batch, in which a program finds its sequence; else tiles of rows of each
+            sequence, of which none has more than high_q tokens.
+        PEEL: keys that every row sees have a loop of their own.
+        ROPE: for MLA, where keys have so many more channels than values and k_ptr holds both: D is then DV.
+        BITS, Q_BITS: the caches, or q, are bytes of e4m3. NORM: q gives up its exponents (`row_power`).
+        DTYPE: of the products. PAIRS, ASM: values of 8 bits, e4m3 or E5M2, are read in pairs (`pages.halves`).
+    """
+    index = tl.program_id(0)
+    kv_head = index % num_kv_heads
+    index = index // num_kv_heads
+    tile = index % tiles
+    index = index // tiles
+    num_heads = num_kv_heads * GROUP
+    if SEARCH:
+        split = index
+        # The last tiles of a causal sequence have most to do: they go first.
+        sequence, tile = find_sequence(tiles - 1 - tile, cu_seqlens, batch, tokens, GROUP, BLOCK_M)
+    else:
+        sequence = index % batch
+        split = index // batch
+        sequence = tl.where(split == num_splits, batch, sequence)
+    first, len_q = query_span(cu_seqlens, sequence, batch, tokens)
+    if sequence == batch:
+        at, programs = tile, tiles  # of those that have these rows
+        if SEARCH:
+            programs = tiles - (first * GROUP // BLOCK_M + batch)
+            at += split * programs
+            programs *= num_splits
+        zero_rows(out_ptr, lse_ptr, at, programs, first, tokens, num_heads, kv_head, GROUP, DV, BLOCK_DV)
+        return
+    if (tile * BLOCK_M >= len_q * GROUP) | (len_q < low_q) | (len_q > high_q):
+        return
+    len_k = key_count(seqused_k, sequence, batch, max_blocks, PAGE)
+
+    r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = r // GROUP
+    heads = kv_head * GROUP + r % GROUP
+    live = rows < len_q
+    SPAN: tl.constexpr = BLOCK_M // GROUP if BLOCK_M % GROUP == 0 else (BLOCK_M - 1) // GROUP + 2
+    low, inner, outer, high = keys_of_rows(
+        tile * BLOCK_M // GROUP, len_q, len_k, left, right, SPAN, BLOCK_N, LEFT, RIGHT
+    )
+    if SPLIT:
+        begin, end = split_range(low, high, split, num_splits, FIXED, BLOCK_N)
+        row = rows + (first if SEARCH else sequence * high_q)
+        part = (split.to(tl.int64) * part_rows + row) * num_heads + heads
+        part_lse = part_ptr + num_splits.to(tl.int64) * part_rows * num_heads * DV
+        if begin >= end:
+            tl.store(part_lse + part, float("-inf"), mask=live)
+            return
+    else:
+        begin, end = low, high
+    acc, m, l = attend_rows(
+        sequence, first, len_q, len_k, begin, inner, outer, end, rows, heads, kv_head, live,
+        q_ptr, k_ptr, v_ptr, block_table, slopes, q_descale, k_descale, v_descale, scale, softcap,
+        left, right, num_blocks, num_kv_heads,
+        stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_tb,
+        GROUP, D, DV, BLOCK_D, BLOCK_DV, PAGE, BLOCK_M, BLOCK_N, PEEL, LEFT, RIGHT, SOFTCAP, ALIBI,
+        Q_DESCALE, K_DESCALE, V_DESCALE, ROPE, BLOCK_R, FOLD, PRECISE, PRECISION, BITS, Q_BITS, NORM, DTYPE, PAIRS,
+        E5M2, ASM,
+    )  # fmt: skip
+    if SINKS and not SPLIT:
+        sink = tl.load(sinks + heads, mask=live, other=float("-inf")).to(tl.float32) * LOG2E
         rescale, m, l = add_sink(m, l, sink)
         acc *= rescale[:, None]
     acc, total = finish(acc, m, l)
     columns_v = tl.arange(0, BLOCK_DV)
     inside = within(live, columns_v, DV, BLOCK_DV)
     if SPLIT:
-        tl.store(part_ptr + part[:, None] * DV + columns_v[None, :], acc, mask=inside & (not alone))
-        tl.store(part_lse + part, total, mask=live & (not alone))
-    if SPREAD or not SPLIT:
+        tl.store(part_ptr + part[:, None] * DV + columns_v[None, :], acc, mask=inside)
+        tl.store(part_lse + part, total, mask=live)
+    else:
         at = (first + rows).to(tl.int64) * num_heads + heads
         value = acc.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at[:, None] * DV + columns_v[None, :], value, mask=inside & alone)
+        tl.store(out_ptr + at[:, None] * DV + columns_v[None, :], value, mask=inside)
         if lse_ptr is not None:
-            tl.store(lse_ptr + heads.to(tl.int64) * tokens + (first + rows), total * LN2, mask=live & alone)
+            tl.store(lse_ptr + heads.to(tl.int64) * tokens + (first + rows), total * LN2, mask=live)

@@ -10,11 +10,12 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
-from vllm_accel.kernels.triton.combine import combine_splits
+from vllm_accel.kernels.triton.combine import combine_splits, combine_teams
 from vllm_accel.kernels.triton.launch import Launch
 from vllm_accel.kernels.triton.paged import paged_attention
 from vllm_accel.kernels.triton.scores import folds
-from vllm_accel.kernels.triton.splits import Sizes, Work
+from vllm_accel.kernels.triton.splits import DECODE_TOKENS, Sizes, Work
+from vllm_accel.kernels.triton.stream import stream_attention
 from vllm_accel.kernels.triton.tiles import Tile, lookup
 
 _E4M3 = torch.float8_e4m3fn
@@ -25,10 +26,14 @@ _JOINED = 8
 #: Floats of those at most, 64 for each of 128 threads. A row of a batch of one has 64 splits, and eight steps that wait
 #: for memory one after the other were most of its time (40 us on an H200 for 67 MB of keys, 2026-11-27).
 _JOINED_FLOATS = 8192
+#: Floats that `combine_teams` joins at a time.
+_TEAM_FLOATS = 4096
 
 
 #: Slots of a block that is as long as its sequence: longer than any, and a multiple of every tile.
 _ENDLESS = 1 << 30
+#: Keys that a sequence has at most.
+_LONGEST = 2**31 - 1
 
 #: Where a call's sequences are: cu_seqlens_q, block_table, seqused_k.
 Where = tuple[Tensor, Tensor, Tensor]
@@ -82,19 +87,13 @@ def padded(head_dim: int) -> int:
 
 
 def choose_tile(
-    arch: str, rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, kv_dtype: torch.dtype, mla: bool,
-    many: bool = False,
+    arch: str, rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, kv_dtype: torch.dtype, mla: bool
 ) -> Tile:  # fmt: skip
-    """Return the tile for so many rows of a sequence and key head (query tokens times heads that share it).
-
-    many: lengths differ, or there are more programs than the usual tile leaves places for at a time: a smaller one
-    leaves more, so that whoever is done makes room for others.
-    """
+    """Return the tile for so many rows of a sequence and key head (query tokens times heads that share it)."""
     height = "m16" if rows <= 16 else "m32" if rows <= 32 else "m64" if rows <= 64 else "prefill"
     size = f"d{max(64, padded(head_dim_v if mla else max(head_dim, head_dim_v)))}"
     kind = "_fp32" if dtype is torch.float32 else "_8bit" if kv_dtype.itemsize == 1 else ""
-    name = f"{height}_{size}{kind}"
-    return lookup("mla" if mla else "paged", arch, [f"{name}_many", name] if many else [name])
+    return lookup("mla" if mla else "paged", arch, [f"{height}_{size}{kind}"])
 
 
 def sizes_of(q: Tensor, v_cache: Tensor, args: PagedArgs, *, mla: bool = False, even: bool = False) -> Sizes:
@@ -102,11 +101,13 @@ def sizes_of(q: Tensor, v_cache: Tensor, args: PagedArgs, *, mla: bool = False, 
     left, right = args.window_size
     right = 0 if args.causal else right
     window = left + right + 1 if left >= 0 and right >= 0 else 0
+    page = v_cache.shape[1]
     return Sizes(
         tokens=q.shape[0], batch=args.seqused_k.shape[0], num_heads=q.shape[1], num_kv_heads=v_cache.shape[2],
         head_dim_v=v_cache.shape[3], max_seqlen_q=args.max_seqlen_q, max_seqlen_k=args.max_seqlen_k, window=window,
         batch_invariant=args.batch_invariant, sinks=args.sinks is not None,
         row_bytes=(q.shape[2] + (0 if mla else v_cache.shape[3])) * v_cache.dtype.itemsize, even=even,
+        most=min(left + max(right, 0) + DECODE_TOKENS if left >= 0 else _LONGEST, args.block_table.shape[1] * page),
     )  # fmt: skip
 
 
@@ -119,7 +120,7 @@ def attention_launch(
     Args:
         q, k_cache, v_cache: innermost stride 1, other strides free. With `mla` v_cache is a view of k_cache.
         out: (Tq, H, Dv), contiguous. lse: fp32 (H, Tq), contiguous, or None.
-        part: fp32, as many as `splits.scratch` says; None without splits.
+        part: fp32, as many as `splits.scratch` says, and where that is 0 for a stream any; else None.
         chip: what it can do.
         tf32: products of fp32 inputs may round to TF32.
         one_block: no sequence has more than one block, so that its size need not be compiled in.
@@ -146,8 +147,6 @@ def attention_launch(
     constexprs = {
         "GROUP": heads // kv_heads, "D": head_dim - rope, "DV": head_dim_v, "BLOCK_D": padded(head_dim - rope),
         "BLOCK_DV": padded(head_dim_v), "PAGE": page, "BLOCK_M": work.tile.block_m, "BLOCK_N": work.tile.block_n,
-        "SEARCH": work.search, "SPLIT": work.split, "SPREAD": work.goal > 0, "FIXED": work.fixed,
-        "PEEL": work.search and not work.split,
         "LEFT": left >= 0, "RIGHT": looks_right, "SOFTCAP": softcap, "ALIBI": alibi, "SINKS": args.sinks is not None,
         "Q_DESCALE": q_dim, "K_DESCALE": k_dim, "V_DESCALE": v_dim, "ROPE": rope, "BLOCK_R": padded(max(rope, 1)),
         "FOLD": folds(softcap, alibi != 0, 0, q_dim >= 0 or k_dim >= 0), "PRECISE": q.dtype is torch.float32,
@@ -156,15 +155,20 @@ def attention_launch(
         "DTYPE": product, "PAIRS": pairs, "E5M2": v_cache.dtype is torch.float8_e5m2, "ASM": _COMPILED,
     }  # fmt: skip
     tokens, batch = q.shape[0], args.seqused_k.shape[0]
+    if work.teams:
+        constexprs |= {"UNIT": work.unit}
+        cut = (work.teams, work.num_splits, work.most, work.tiles, work.high_q, int(work.tail))
+    else:
+        constexprs |= {"SEARCH": work.search, "SPLIT": work.split, "FIXED": work.fixed}
+        constexprs |= {"PEEL": work.search and not work.split}
+        cut = (work.num_splits, work.tiles, work.low_q, work.high_q, work.part_rows)
     return Launch(
-        fn=paged_attention,
+        fn=stream_attention if work.teams else paged_attention,
         grid=(work.tiles * work.parts(batch) * kv_heads, 1, 1),
         args=(
             *attention_tensors(q, k_cache, v_cache, out, lse, part, where_of(args), options_of(args), chip.native_e4m3),
             args.softmax_scale, args.softcap, max(left, 0), max(right, 0), tokens, batch, num_blocks,
-            args.block_table.shape[1], kv_heads, work.num_splits, work.goal, _most(work, args), work.tiles,
-            work.low_q, work.high_q, work.part_rows,
-            *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], args.block_table.stride(0),
+            args.block_table.shape[1], kv_heads, *cut, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], args.block_table.stride(0),
         ),
         constexprs=constexprs,
         num_warps=work.tile.num_warps,
@@ -183,37 +187,32 @@ def attention_tensors(
     return (q, k_cache, v_cache, *where, out, lse, part, *options)
 
 
-def _most(work: Work, args: PagedArgs) -> int:
-    """Return how many keys of a sequence count when keys are shared out: more than a window shows do not."""
-    left, right = args.window_size
-    right = 0 if args.causal or right < 0 else right
-    return min(left + right + work.high_q, 2**31 - 1) if left >= 0 else 2**31 - 1
-
-
-def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs) -> Launch:
+def combine_launch(
+    work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs, *, early: bool = False
+) -> Launch:
     """Return the launch that joins the partial results of `attention_launch`."""
     tokens, heads, head_dim_v = out.shape
-    batch, together = args.seqused_k.shape[0], _JOINED
-    if not (work.fixed or work.goal):
-        together = max(_JOINED, min(1 << (work.num_splits - 1).bit_length(), _JOINED_FLOATS // padded(head_dim_v)))
-    return Launch(
-        fn=combine_splits,
-        grid=(tokens if work.search else batch * work.high_q, heads, 1),
-        args=(
-            *combine_tensors(out, lse, part, where_of(args), args.sinks), tokens, batch, heads, work.num_splits,
-            work.goal, _most(work, args), work.low_q, work.high_q, work.part_rows,
-        ),
-        constexprs={
-            "DV": head_dim_v, "BLOCK_DV": padded(head_dim_v), "BLOCK_S": together, "SEARCH": work.search,
-            "SPREAD": work.goal > 0, "SINKS": args.sinks is not None,
-        },
-        num_warps=4,
-        num_stages=2,
-    )  # fmt: skip
+    batch, width, sinks = args.seqused_k.shape[0], padded(head_dim_v), args.sinks is not None
+    tensors = combine_tensors(out, lse, part, where_of(args), args.sinks, teams=work.teams > 0)
+    constexprs = {"DV": head_dim_v, "BLOCK_DV": width, "SINKS": sinks}
+    if work.teams:
+        ints = (tokens, batch, heads, work.teams, work.num_splits, work.most, work.high_q)
+        together = max(_JOINED, _TEAM_FLOATS // width)
+        constexprs |= {"BLOCK_S": together, "UNIT": work.unit, "EARLY": early}
+        grid = (work.teams * work.high_q, heads, 1)
+        return Launch(combine_teams, grid, (*tensors, *ints), constexprs, num_warps=4, num_stages=2, early=early)
+    together = _JOINED
+    if not work.fixed:
+        together = max(_JOINED, min(1 << (work.num_splits - 1).bit_length(), _JOINED_FLOATS // width))
+    constexprs |= {"BLOCK_S": together, "SEARCH": work.search}
+    ints = (tokens, batch, heads, work.num_splits, work.low_q, work.high_q, work.part_rows)
+    grid = (tokens if work.search else batch * work.high_q, heads, 1)
+    return Launch(combine_splits, grid, (*tensors, *ints), constexprs, num_warps=4, num_stages=2)
 
 
 def combine_tensors(
-    out: Tensor, lse: Tensor | None, part: Tensor, where: Where, sinks: Tensor | None
+    out: Tensor, lse: Tensor | None, part: Tensor, where: Where, sinks: Tensor | None, teams: bool
 ) -> tuple[Tensor | None, ...]:
     """Return the tensors of `combine_launch`, in the kernel's order."""
-    return (part, where[0], where[2], sinks, out, lse)
+    lengths = (where[0], where[2]) if teams else (where[0],)
+    return (part, *lengths, sinks, out, lse)

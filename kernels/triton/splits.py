@@ -1,8 +1,9 @@
-"""Into which launches a paged call is cut, and each sequence's keys into how many splits: plain Python, no tensors.
+"""Into which launches a paged call is cut, and each sequence's keys into how many parts: plain Python, no tensors.
 
 A sequence with few query tokens has one or two tiles of rows per key head, so that a small batch leaves most of the GPU
-idle unless several programs share its keys (FlashDecoding). How many is decided by numbers that the host has; where the
-keys are cut, by the real lengths, on the device. So a CUDA graph stays valid while sequences grow.
+idle unless several programs share its keys (FlashDecoding). Decodes are a stream (`stream.py`): as many teams of programs as
+keep the memory busy share all keys of the batch. How many is decided by numbers that the host has; where the keys are
+cut, by the real lengths, on the device. So a CUDA graph stays valid while sequences grow.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Sizes(NamedTuple):
     Attributes:
         window: the most keys that one query sees, 0 for all.
         row_bytes: of a key and its value. even: every sequence has max_seqlen_k keys.
+        most: keys of a sequence that a decode reads at most: a window hides the others, or the table has no room.
     """
 
     tokens: int
@@ -49,6 +51,7 @@ class Sizes(NamedTuple):
     sinks: bool
     row_bytes: int = 512
     even: bool = False
+    most: int = 2**31 - 1
 
 
 class Gpu(NamedTuple):
@@ -59,16 +62,17 @@ class Gpu(NamedTuple):
 
 
 class Work(NamedTuple):
-    """One launch of the attention kernel, and where `split` one of `combine_splits`.
+    """One launch of an attention kernel, and where `split` one that joins its partial results.
 
     Attributes:
         search: programs find their sequence (prefill); else the launch has `tiles` per sequence (decode).
         tiles: tiles of rows of one sequence, with `search` regions of the batch.
         low_q, high_q: sequences with so many query tokens are computed.
         num_splits, fixed: see `pages.split_range`. split: results may be partial.
-        goal: shares of a mean sequence (`pages.find_share`), num_splits then those of the batch; 0: see num_splits.
-        part_rows: rows of the partial results of one split (or share).
+        part_rows: rows of the partial results of one split (of one slot of a team).
         tail: it also writes the rows past the last sequence.
+        teams: of a stream, 0 where it is none. num_splits are then those of each sequence, 0 where teams share all keys
+            (`per` of `teams.py`). unit: keys of a block that teams share, a multiple of the tile's. most: see `Sizes`.
     """
 
     tile: Tile
@@ -77,17 +81,24 @@ class Work(NamedTuple):
     low_q: int
     high_q: int
     num_splits: int
-    goal: int
     fixed: int
     split: bool
     part_rows: int
     tail: bool
+    teams: int = 0
+    unit: int = 0
+    most: int = 0
 
     def parts(self, batch: int) -> int:
         """Return how many programs there are for each tile and key head."""
         if self.search:
             return self.num_splits
-        return (self.num_splits if self.goal else self.num_splits * batch) + self.tail
+        return self.teams or self.num_splits * batch + self.tail
+
+    @property
+    def scratch_rows(self) -> int:
+        """Rows of all its partial results."""
+        return (2 * self.teams or self.num_splits) * self.part_rows if self.split else 0
 
 
 class Places(NamedTuple):
@@ -128,23 +139,35 @@ def choose_splits(blocks: int, room: Places, keys: int, most: int = MAX_SPLITS) 
     return next(n for n in range(1, most + 1) if spent(n) <= enough)
 
 
-def plan_work(sizes: Sizes, tile_for: Callable[[int, bool], Tile], gpu: Gpu, num_splits: int = 0) -> tuple[Work, ...]:
+def choose_teams(heads: int, batch: int, room: Places) -> int:
+    """Return how many teams suit a launch, of a program for each of so many key heads and tiles.
+
+    As many as keep the memory busy, one more rather than one less, if they find places at a time. Up to 6 % fewer if that
+    makes them a multiple or a part of the batch: of equally long sequences then none, or no more than need be, is cut.
+    """
+    if heads > room.all:  # several waves, of which the last is not full: no less than four
+        return -(-4 * room.all // heads)
+    teams = min(-(-room.busy // heads), room.all // heads)
+    near = range(teams, teams - 1 - teams * 6 // 100, -1)
+    return next((n for n in near if batch % n == 0 or n % batch == 0), teams)
+
+
+def plan_work(sizes: Sizes, tile_for: Callable[[int], Tile], gpu: Gpu, num_splits: int = 0) -> tuple[Work, ...]:
     """Return the launches of a call.
 
     Args:
-        tile_for: the tile for so many rows of a sequence and key head (query tokens times heads of a group), and where
-            there are more programs than the first one leaves places for.
+        tile_for: the tile for so many rows of a sequence and key head (query tokens times heads of a group).
         num_splits: forced for the launches that may split; 0 chooses.
     """
     group = sizes.num_heads // sizes.num_kv_heads
     if sizes.max_seqlen_q <= DECODE_TOKENS:
         return (_decode(sizes, group, tile_for, gpu, num_splits, tail=True),)
-    tile = tile_for(UNLIMITED, False)
+    tile = tile_for(UNLIMITED)
     tiles = sizes.tokens * group // tile.block_m + sizes.batch + 1
     # Regions, of which about one a sequence is empty (`pages.find_sequence`).
     blocks = -(-sizes.tokens * group // tile.block_m) * sizes.num_kv_heads
     room = places(tile, sizes.row_bytes, gpu)
-    everything = Work(tile, True, tiles, 0, UNLIMITED, 1, 0, 0, False, sizes.tokens, True)
+    everything = Work(tile, True, tiles, 0, UNLIMITED, 1, 0, False, sizes.tokens, True)
     if not sizes.batch_invariant:
         # Few tiles: one launch, with splits for long and short queries alike.
         splits = num_splits or (choose_splits(blocks, room, _keys(sizes)) if 5 * blocks < 4 * room.all else 1)
@@ -158,34 +181,28 @@ def plan_work(sizes: Sizes, tile_for: Callable[[int, bool], Tile], gpu: Gpu, num
 
 
 def _decode(
-    sizes: Sizes, group: int, tile_for: Callable[[int, bool], Tile], gpu: Gpu, num_splits: int, tail: bool
-) -> Work:
+    sizes: Sizes, group: int, tile_for: Callable[[int], Tile], gpu: Gpu, num_splits: int, tail: bool
+) -> Work:  # fmt: skip
     """Return the launch for sequences of at most DECODE_TOKENS query tokens."""
-    most = min(sizes.max_seqlen_q, DECODE_TOKENS)
+    most, batch = min(sizes.max_seqlen_q, DECODE_TOKENS), sizes.batch
     # The tile must not depend on the batch's longest query where a sequence's bits may not.
-    rows = 1 if sizes.batch_invariant else most * group
-    tile = tile_for(rows, False)
-    blocks = -(-most * group // tile.block_m) * sizes.batch * sizes.num_kv_heads
-    room = places(tile, sizes.row_bytes, gpu)
-    uneven = sizes.batch > 1 and not sizes.even
-    if (blocks > room.all or uneven) and not sizes.batch_invariant:
-        tile = tile_for(rows, True)
-        room = places(tile, sizes.row_bytes, gpu)
+    tile = tile_for(1 if sizes.batch_invariant else most * group)
     tiles = -(-most * group // tile.block_m)
-    fixed = INVARIANT_SPLIT if sizes.batch_invariant else 0
-    goal = 0
-    if fixed:
-        num_splits = max(1, -(-sizes.max_seqlen_k // fixed))
-    elif not num_splits:
-        blocks = tiles * sizes.batch * sizes.num_kv_heads
-        num_splits = choose_splits(blocks, room, _keys(sizes))
-        # Where lengths may differ, a long sequence may need shares though the mean one does not; unless most places are
-        # taken as it is.
-        if uneven and 5 * blocks < 4 * room.all and _keys(sizes) > 2 * MIN_SPLIT:
-            goal, num_splits = num_splits, sizes.batch * (num_splits + 1)
-    # A sink is added where splits are joined, or with one split in the kernel: equal numbers, but not equal bits.
-    split = num_splits > 1 or bool(fixed and sizes.sinks)
-    return Work(tile, False, tiles, 0, most, num_splits, goal, fixed, split, most if goal else sizes.batch * most, tail)
+    if sizes.batch_invariant:
+        num_splits = max(1, -(-sizes.max_seqlen_k // INVARIANT_SPLIT))
+        # A sink is added where splits are joined, or with one split in the kernel: equal numbers, but not equal bits.
+        split = num_splits > 1 or sizes.sinks
+        return Work(tile, False, tiles, 0, most, num_splits, INVARIANT_SPLIT, split, batch * most, tail)
+    heads, room, keys = tiles * sizes.num_kv_heads, places(tile, sizes.row_bytes, gpu), _keys(sizes)
+    if not num_splits:
+        if sizes.even:
+            num_splits = choose_splits(heads * batch, room, keys)
+        elif keys <= 2 * MIN_SPLIT:
+            num_splits = 1
+    teams = num_splits * batch or choose_teams(heads, batch, room)
+    return Work(
+        tile, False, tiles, 0, most, num_splits, 0, num_splits != 1, most, tail, teams, tile.block_n, sizes.most
+    )  # fmt: skip
 
 
 def with_tile(work: Work, tile: Tile, sizes: Sizes) -> Work:
@@ -202,5 +219,5 @@ def _keys(sizes: Sizes) -> int:
 
 def scratch(works: tuple[Work, ...], sizes: Sizes) -> int:
     """Return the floats of partial results: for each split and row, head_dim_v sums and a log-sum-exp per head."""
-    parts = [work.num_splits * work.part_rows for work in works if work.split]
-    return max(parts, default=0) * sizes.num_heads * (sizes.head_dim_v + 1)
+    rows = max((work.scratch_rows for work in works), default=0)
+    return rows * sizes.num_heads * (sizes.head_dim_v + 1)

@@ -33,12 +33,15 @@ def bind_paged(spec: AttentionSpec, device: Device, num_splits: int = 0) -> Trit
 class Prepared:
     """A call whose sizes, strides and options are known: it allocates, and launches."""
 
-    __slots__ = ("_device", "_dtype", "_launches", "_lse_shape", "_native_e4m3", "_out_shape", "_scratch")
+    __slots__ = ("_device", "_dtype", "_launches", "_lse_shape", "_native_e4m3", "_nowhere", "_out_shape", "_scratch")
 
     def __init__(
-        self, launches: list[tuple[Bound, Bound | None]], scratch: int, out: Tensor, lse: Tensor | None, native: bool
-    ) -> None:
+        self, launches: list[tuple[Bound, Bound | None, bool]], scratch: int, out: Tensor, lse: Tensor | None,
+        native: bool,
+    ) -> None:  # fmt: skip
         self._launches, self._scratch, self._native_e4m3 = launches, scratch, native
+        # A stream has an address of partial results though it may have none: one kernel for both.
+        self._nowhere = torch.empty(1, dtype=torch.float32, device=out.device) if launches[-1][2] else None
         self._out_shape, self._dtype, self._device = out.shape, out.dtype, out.device
         self._lse_shape = None if lse is None else lse.shape
 
@@ -50,13 +53,13 @@ class Prepared:
         device, shape = self._device, self._lse_shape
         out = torch.empty(self._out_shape, dtype=self._dtype, device=device)
         lse = None if shape is None else torch.empty(shape, dtype=torch.float32, device=device)
-        part = torch.empty(self._scratch, dtype=torch.float32, device=device) if self._scratch else None
+        part = torch.empty(self._scratch, dtype=torch.float32, device=device) if self._scratch else self._nowhere
         native = self._native_e4m3
         tensors = paged_launch.attention_tensors(q, k_cache, v_cache, out, lse, part, where, options, native)
-        for attention, combine in self._launches:
+        for attention, combine, teams in self._launches:
             attention(tensors, (softmax_scale, softcap))
             if combine is not None and part is not None:
-                combine(paged_launch.combine_tensors(out, lse, part, where, options[1]))
+                combine(paged_launch.combine_tensors(out, lse, part, where, options[1], teams))
         return out, lse
 
 
@@ -75,10 +78,10 @@ class TritonPaged:
         self._out_dtype = torch.bfloat16 if spec.dtype.itemsize == 1 else spec.dtype
         kind = (spec.head_dim, spec.head_dim_v, spec.dtype, spec.kv_dtype, self._mla)
 
-        def tile_for(rows: int, many: bool) -> Tile:
-            return paged_launch.choose_tile(device.arch, rows, *kind, many)
+        def tile_for(rows: int) -> Tile:
+            return paged_launch.choose_tile(device.arch, rows, *kind)
 
-        self._tile_for: Callable[[int, bool], Tile] = tile_for
+        self._tile_for: Callable[[int], Tile] = tile_for
         self._prepared: dict[Any, Prepared] = {}
 
     def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, args: PagedArgs) -> tuple[Tensor, Tensor | None]:
@@ -114,8 +117,10 @@ class TritonPaged:
         sizes = paged_launch.sizes_of(q, v_cache, args, mla=self._mla, even=self._one_block)
         works = splits.plan_work(sizes, self._tile_for, self._gpu, self._num_splits)
         scratch = splits.scratch(works, sizes)
-        part = torch.empty(scratch, dtype=torch.float32, device=q.device) if scratch else None
-        launches: list[tuple[Bound, Bound | None]] = []
+        part = None
+        if scratch or works[-1].teams:
+            part = torch.empty(max(scratch, 1), dtype=torch.float32, device=q.device)
+        launches: list[tuple[Bound, Bound | None, bool]] = []
         for work in works:
 
             def make(tile: Tile, work: splits.Work = work) -> Launch:
@@ -127,5 +132,5 @@ class TritonPaged:
             joined = None
             if work.split and part is not None:
                 joined = Bound(paged_launch.combine_launch(work, out, lse, part, args))
-            launches.append((Bound(made_of=(work.tile, make)), joined))
+            launches.append((Bound(made_of=(work.tile, make)), joined, work.teams > 0))
         return Prepared(launches, scratch, out, lse, self._chip.native_e4m3)

@@ -1,0 +1,71 @@
+"""Which keys each team of a decode has, found on the device: equal ranges of the keys of a batch laid end to end.
+
+A launch has as many teams as the GPU keeps busy, whatever the batch (a team is one program for each key head and tile
+of rows). Keys count in blocks of UNIT; n blocks of a sequence follow those of the sequence before it, and team t has
+the blocks from ``t * share`` on, share of them. So a team has the end of one sequence, whole ones, and the beginning of
+another: at most two partial results, which `combine.combine_teams` joins with those of other teams. With `per` each
+sequence has so many teams of its own instead. Lengths are read here only, so a captured graph stays valid.
+"""
+
+import triton
+import triton.language as tl
+from vllm_accel.kernels.triton.pages import MIN_SPLIT, query_span
+
+
+@triton.jit
+def count_blocks(used, len_q, most, high_q, UNIT: tl.constexpr):
+    """Return how many blocks sequences have: at least one where there is something to compute, else none.
+
+    Args:
+        used: keys of each. most: of which so many count, at most. high_q: query tokens of those that are computed.
+    """
+    keys = tl.minimum(tl.maximum(used, 0), most)
+    return tl.where((len_q > 0) & (len_q <= high_q), tl.maximum(tl.cdiv(keys, UNIT), 1), 0)
+
+
+@triton.jit
+def blocks_of(sequence, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT: tl.constexpr):
+    """Return how many blocks sequences of these numbers have; none from `batch` on."""
+    used = tl.load(seqused_k + sequence, mask=sequence < batch, other=0)
+    _, len_q = query_span(cu_seqlens, sequence, batch, tokens)
+    return tl.where(sequence < batch, count_blocks(used, len_q, most, high_q, UNIT), 0)
+
+
+@triton.jit
+def find_block(block, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT: tl.constexpr):
+    """Return (the sequence that a block belongs to, how many are before that sequence's); `batch` past the last."""
+    sequence, before, counted = 0, 0, 0
+    for b in range(0, batch, 128):
+        others = b + tl.arange(0, 128)
+        n = blocks_of(others, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT)
+        ends = counted + tl.cumsum(n, 0)
+        over = (others < batch) & (ends <= block)
+        sequence += tl.sum(over.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(over, ends, 0), 0))
+        counted += tl.sum(n, 0)
+    return sequence, before
+
+
+@triton.jit
+def range_of_team(team, cu_seqlens, seqused_k, batch, tokens, teams, per, most, high_q, UNIT: tl.constexpr):
+    """Return (start, stop, first, before, last, before_last): blocks [start, stop) of sequences first to last.
+
+    So many blocks are before those of the first and of the last sequence; either may be `batch`, past the last one. With
+    `per` blocks are those of one sequence.
+    """
+    if per > 0:
+        first = team // per
+        n = blocks_of(first, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT)
+        share = tl.maximum(tl.cdiv(n, per), MIN_SPLIT // UNIT)
+        start = team % per * share
+        before, last, before_last = 0, first, 0
+    else:
+        total = 0
+        for b in range(0, batch, 128):
+            others = b + tl.arange(0, 128)
+            total += tl.sum(blocks_of(others, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT), 0)
+        share = tl.maximum(tl.cdiv(total, teams), MIN_SPLIT // UNIT)
+        start = team * share
+        first, before = find_block(start, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT)
+        last, before_last = find_block(start + share - 1, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT)
+    return start, start + share, first, before, last, before_last
