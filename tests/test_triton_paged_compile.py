@@ -62,7 +62,7 @@ def launch_of(
     sizes = paged_launch.sizes_of(q, v, args, mla=mla)
     (work,) = splits.plan_work(
         sizes,
-        lambda rows, many: paged_launch.choose_tile(arch, rows, head_dim, head_dim_v, dtype, kv_dtype, mla, many),
+        lambda rows: paged_launch.choose_tile(arch, rows, head_dim, head_dim_v, dtype, kv_dtype, mla),
         H200,
     )
     out, lse = meta(tokens, heads, head_dim_v), meta(heads, tokens, of=floats)
@@ -132,7 +132,7 @@ def test_dense_decode_fits(arch: str) -> None:
     args = PagedArgs(*ints, *(None,) * 5, 1, 4097, 0.1, True, (-1, -1), 0.0, True, False, False)
     sizes = paged_launch.sizes_of(q, k, args, even=True)
     (work,) = splits.plan_work(
-        sizes, lambda rows, many: paged_launch.choose_tile(arch, rows, 128, 128, BF16, BF16, False, many), H200
+        sizes, lambda rows: paged_launch.choose_tile(arch, rows, 128, 128, BF16, BF16, False), H200
     )
     out, lse = torch.empty_like(q), torch.empty(32, 32, device="meta")
     part = torch.empty(splits.scratch((work,), sizes), device="meta")
@@ -246,18 +246,33 @@ def test_known_cases() -> None:
     assert (latent, splits.choose_splits(32, latent, 4096)) == ((2 * 132, 2 * 132), 8)
 
 
-def test_unequal_sequences_share_their_keys_unless_they_fill_the_gpu() -> None:
-    """Over pages no length is known: shares, for small tiles, which a batch that fills most places does without."""
+def test_a_decode_has_as_many_teams_as_keep_the_memory_busy() -> None:
+    """Whatever the batch: lengths are known on the device alone, where the teams share all keys."""
 
-    def planned(batch: int, even: bool, keys: int = 4096) -> Work:
-        sizes = Sizes(batch, batch, 32, 8, 128, 1, keys, 0, False, False, 512, even)
-        (work,) = splits.plan_work(sizes, lambda rows, many: Tile(16, 32, 4, 4) if many else Tile(16, 64, 4, 3), H200)
+    def planned(batch: int, keys: int = 4096, **options: Any) -> Work:
+        sizes = Sizes(batch, batch, 32, 8, 128, 1, keys, 0, False, False)._replace(**options)
+        (work,) = splits.plan_work(sizes, lambda rows: Tile(16, 64, 4, 3), H200)
         return work
 
-    assert planned(32, even=False).goal == 2 and planned(32, even=False).tile.block_n == 32
-    assert (planned(64, even=False).goal, planned(64, even=False).num_splits) == (0, 1)
-    assert planned(32, even=True).goal == 0 and planned(32, even=True).tile.block_n == 64
-    assert planned(1, even=False, keys=32768).goal == 0 and planned(1, even=False, keys=32768).num_splits > 16
+    for batch, teams in ((1, 33), (7, 33), (16, 32), (32, 32), (33, 33), (256, 32), (5000, 33)):
+        work = planned(batch)
+        assert (work.teams, work.num_splits, work.split, work.unit) == (teams, 0, True, 64)
+        assert work.parts(batch) == teams and work.scratch_rows == 2 * teams
+    # Sequences that are not worth cutting, and long ones that fill the GPU, have a team each, and nothing is joined.
+    short, even = planned(3, keys=512), planned(400, even=True)
+    assert (short.teams, short.num_splits, short.split, short.scratch_rows) == (3, 1, False, 0)
+    assert (even.teams, even.num_splits, even.split, even.scratch_rows) == (400, 1, False, 0)
+    halved = planned(16, keys=16384, even=True)
+    assert (halved.teams, halved.num_splits, halved.split) == (32, 2, True)
+
+
+def test_known_numbers_of_teams() -> None:
+    room = splits.Places(396, 264)
+    assert [splits.choose_teams(heads, 1, room) for heads in (1, 8, 40, 100, 300, 396)] == [264, 33, 7, 3, 1, 1]
+    assert splits.choose_teams(40, 7, room) == 7 and splits.choose_teams(1, 250, room) == 250
+    assert splits.choose_teams(1, 240, room) == 264  # 24 programs less are more than equal lengths would gain
+    for heads in (397, 500, 2000):  # more than there is room for: waves, and the last is a small part of them
+        assert splits.choose_teams(heads, 1, room) * heads >= 4 * 396
 
 
 def rows_computed(work: Work, sizes: Sizes, q_len: int) -> int:
@@ -276,7 +291,7 @@ def test_every_row_is_computed_once(lengths: list[int], batch_invariant: bool) -
     for group, max_k, sinks in itertools.product((1, 3, 128), (1, 700, 100000), (False, True)):
         sizes = Sizes(sum(lengths) + 3, len(lengths), 2 * group, 2, 64, max(lengths), max_k, 0, batch_invariant, sinks)
 
-        def tile(rows: int, many: bool) -> Tile:
+        def tile(rows: int) -> Tile:
             return Tile(16 if rows <= 16 else 32 if rows <= 32 else 64, 32, 4, 2)
 
         works = splits.plan_work(sizes, tile, H200)
@@ -285,11 +300,12 @@ def test_every_row_is_computed_once(lengths: list[int], batch_invariant: bool) -
         assert sum(work.tail for work in works) == 1
         for work in works:
             assert work.split or work.num_splits == 1
+            assert work.teams or work.search or work.fixed
             assert work.num_splits * max(work.fixed, 1) >= max_k or not work.fixed
             if work.search:
                 regions = sum(-(-(n * group) // work.tile.block_m) for n in [*lengths, 3])
                 assert work.tiles >= regions
-        needed = max((w.num_splits * w.part_rows for w in works if w.split), default=0)
+        needed = max(((2 * w.teams or w.num_splits) * w.part_rows for w in works if w.split), default=0)
         assert splits.scratch(works, sizes) == needed * sizes.num_heads * 65
         if batch_invariant and max(lengths) >= 5:
             # Tile and splits of a sequence of 5 tokens are those it has alone.
@@ -302,26 +318,38 @@ def test_scratch_is_bounded_by_the_device() -> None:
     """Splits multiply the rows of few tiles only: never more than about what the device runs at a time."""
     for tokens, batch in ((100000, 1), (3000, 3), (64, 1), (16, 16), (4096, 4096)):
         sizes = Sizes(tokens, batch, 32, 8, 128, max(1, tokens // batch), 131072, 0, False, False)
-        works = splits.plan_work(sizes, lambda rows, many: Tile(16 if rows <= 16 else 64, 32, 4, 2), H200)
+        works = splits.plan_work(sizes, lambda rows: Tile(16 if rows <= 16 else 64, 32, 4, 2), H200)
         assert splits.scratch(works, sizes) <= 2 * 4 * 2 * 4 * 132 * 64 * 129
 
 
-def test_a_decode_leaves_room_for_uneven_lengths() -> None:
-    """Shares of all keys of a batch: a mean sequence has two; one more for each is the room that rounding takes."""
-    sizes = Sizes(32, 32, 32, 8, 128, 1, 16384, 0, False, False)
-    (work,) = splits.plan_work(sizes, lambda rows, many: Tile(16, 32, 4, 2), H200)
-    assert (work.goal, work.num_splits, work.part_rows, work.parts(32)) == (2, 32 * 3, 1, 32 * 3 + 1)
-    (alone,) = splits.plan_work(sizes._replace(tokens=1, batch=1), lambda rows, many: Tile(16, 32, 4, 2), H200)
-    assert alone.goal == 0 and alone.num_splits > 50 and alone.parts(1) == alone.num_splits + 1
-    (fixed,) = splits.plan_work(sizes._replace(batch_invariant=True), lambda rows, many: Tile(16, 32, 4, 2), H200)
-    assert (fixed.goal, fixed.num_splits, fixed.parts(32)) == (0, 16, 32 * 16 + 1)
+def test_nothing_of_a_batch_is_compiled_in() -> None:
+    """Long, short, one, many, shared out or not: a decode that goes on never compiles another kernel."""
+    kinds = set()
+    for batch, keys in ((1, 100), (1, 40000), (32, 4096), (33, 300), (5000, 2000)):
+        q, k = (torch.empty(s, device="meta", dtype=BF16) for s in ((batch, 32, 128), (64, 16, 8, 128)))
+        ints = [torch.empty(n, device="meta", dtype=torch.int32) for n in ((batch + 1,), (batch, 2500), (batch,))]
+        args = PagedArgs(*ints, *(None,) * 5, 1, keys, 0.1, True, (-1, -1), 0.0, True, False, False)
+        sizes = paged_launch.sizes_of(q, k, args)
+        (work,) = splits.plan_work(sizes, lambda rows: Tile(16, 64, 4, 3), H200)
+        out, lse = torch.empty_like(q), torch.empty(32, batch, device="meta")
+        part = torch.empty(max(1, splits.scratch((work,), sizes)), device="meta")
+        made = (
+            paged_launch.attention_launch(work, q, k, k, out, lse, part, args, chip=paged_launch.Chip(), mla=False),
+            paged_launch.combine_launch(work, out, lse, part, args),
+        )
+        for launch in made:
+            named = dict(zip(launch.fn.arg_names, launch.args, strict=False))
+            free = {p.name for p in launch.fn.params if p.do_not_specialize}
+            compiled = {n: v if isinstance(v, int) else type(v) for n, v in named.items() if n not in free}
+            kinds.add((launch.fn.__name__, *compiled.items(), *launch.constexprs.items()))
+    assert len(kinds) == 2
 
 
 def test_another_tile_computes_the_same_rows() -> None:
     for tokens, batch, longest in ((12, 3, 4), (3000, 3, 1000)):
         sizes = Sizes(tokens, batch, 32, 4, 128, longest, 4096, 0, False, False)
         for rows in (16, 64):
-            for work in splits.plan_work(sizes, lambda _, many, rows=rows: Tile(rows, 32, 4, 2), H200):
+            for work in splits.plan_work(sizes, lambda _, rows=rows: Tile(rows, 32, 4, 2), H200):
                 small = splits.with_tile(work, Tile(16, 16, 4, 1), sizes)
                 assert splits.with_tile(small, work.tile, sizes) == work
                 assert rows_computed(small, sizes, longest) == rows_computed(work, sizes, longest)

@@ -197,7 +197,7 @@ def combine_launch(
     constexprs = {"DV": head_dim_v, "BLOCK_DV": width, "SINKS": sinks}
     if work.teams:
         ints = (tokens, batch, heads, work.teams, work.num_splits, work.most, work.high_q)
-        together = max(_JOINED, _TEAM_FLOATS // width)
+        together = max(2 * _JOINED, _TEAM_FLOATS // width)
         constexprs |= {"BLOCK_S": together, "UNIT": work.unit, "EARLY": early}
         grid = (work.teams * work.high_q, heads, 1)
         return Launch(combine_teams, grid, (*tensors, *ints), constexprs, num_warps=4, num_stages=2, early=early)

@@ -57,10 +57,6 @@ def stream_attention(
     start, stop, first, before, last, _ = range_of_team(
         team, cu_seqlens, seqused_k, batch, tokens, teams, per, most, high_q, UNIT
     )
-    r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = r // GROUP
-    heads = kv_head * GROUP + r % GROUP
-    columns = tl.arange(0, BLOCK_DV)
     SPAN: tl.constexpr = BLOCK_M // GROUP if BLOCK_M % GROUP == 0 else (BLOCK_M - 1) // GROUP + 2
     part_lse = part_ptr + 2 * teams.to(tl.int64) * high_q * num_heads * DV
     token, len_q = query_span(cu_seqlens, tl.minimum(first, batch), batch, tokens)
@@ -79,6 +75,10 @@ def stream_attention(
             low, inner, outer, high = keys_of_rows(
                 tile * BLOCK_M // GROUP, len_q, len_k, left, right, SPAN, BLOCK_N, LEFT, RIGHT
             )
+            r = tile * BLOCK_M + tl.arange(0, BLOCK_M) + (len_q < 0).to(tl.int32)
+            rows = r // GROUP
+            heads = kv_head * GROUP + r % GROUP
+            columns = tl.arange(0, BLOCK_DV)
             live = rows < len_q
             # Of a window, which begins at any key, the last block takes what is left.
             begin = low + begin * UNIT

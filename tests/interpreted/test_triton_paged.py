@@ -18,7 +18,8 @@ from vllm_accel.backends.triton_paged import TritonPaged, bind_paged
 from vllm_accel.dispatch.backend import PagedArgs
 from vllm_accel.dispatch.device import preset
 from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
-from vllm_accel.kernels.triton import paged_launch, pages, splits
+from vllm_accel.kernels.triton import paged_launch, splits
+from vllm_accel.kernels.triton import teams as teams_module
 from vllm_accel.testing.cases_paged import PAGED_CASES, PagedCase
 from vllm_accel.testing.conformance_paged import check_paged_backend
 from vllm_accel.testing.oracle import attention_paged_oracle, plain_attention_paged
@@ -148,61 +149,80 @@ def test_splits_join_to_the_same_result(num_splits: int) -> None:
 
 
 @triton.jit
-def _count(seqused, sequences, firsts, counts, batch, most, goal):
-    """Write down for a share whose it is, for a sequence where its shares begin and how many there are."""
-    index = tl.program_id(0)
-    sequence, nth, count = pages.find_share(index, seqused, batch, most, goal)
-    tl.store(sequences + index, sequence)
-    if sequence < batch:
-        first, again = pages.shares_of(sequence, seqused, batch, most, goal)
-        tl.store(firsts + index, first + nth)
-        tl.store(counts + sequence, tl.where(again == count, count, -1))
+def _ranges(cu_seqlens, seqused, found, batch, tokens, teams, per, most, high_q, UNIT: tl.constexpr):
+    """Write down what `range_of_team` finds for each team."""
+    team = tl.program_id(0)
+    numbers = teams_module.range_of_team(
+        team, cu_seqlens, seqused, batch, tokens, teams, per, most, high_q, UNIT
+    )  # fmt: skip
+    for i in tl.static_range(6):
+        tl.store(found + 6 * team + i, numbers[i])
 
 
-def counts_of(lengths: list[int], goal: int, most: int = 2**31 - 1) -> list[int]:
-    """Return how many shares each sequence has, once it is clear that every share is somebody's and nobody's twice."""
-    batch, room = len(lengths), len(lengths) * (goal + 1)
+def blocks_of_teams(
+    lengths: list[int], teams: int, per: int = 0, q_lens: list[int] | None = None, most: int = 2**31 - 1
+) -> list[dict[int, int]]:
+    """Return how many blocks of which sequence each team has, once it is clear that every block is somebody's."""
+    batch, q_lens, unit, high_q = len(lengths), q_lens or [1] * len(lengths), 128, 4
+    ends = torch.tensor([0, *q_lens]).cumsum(0).to(torch.int32)
+    found = torch.full((teams, 6), -1, dtype=torch.int32)
     used = torch.tensor(lengths, dtype=torch.int32)
-    sequences, firsts, counts = (torch.full((n,), -1, dtype=torch.int32) for n in (room + 1, room + 1, batch))
-    _count[(room + 1,)](used, sequences, firsts, counts, batch, most, goal)
-    found = counts.tolist()
-    total = sum(found)
-    assert min(found) >= 1 and total <= room
-    assert sequences.tolist() == [b for b, n in enumerate(found) for _ in range(n)] + [batch] * (room + 1 - total)
-    assert firsts[:total].tolist() == list(range(total))
-    return found
+    _ranges[(teams,)](ends, used, found, batch, int(ends[-1]), teams, per, most, high_q, unit)
+    n = [max(1, -(-min(max(k, 0), most) // unit)) if 0 < q <= high_q else 0 for k, q in zip(lengths, q_lens, strict=True)]
+    starts = [0] * batch if per else torch.tensor([0, *n]).cumsum(0)[:-1].tolist()
+    had = []
+    for start, stop, first, before, last, before_last in found.tolist():
+        mine = {}
+        for b in range(first, min(last, batch - 1) + 1):
+            assert b != first or starts[b] == before
+            assert b != last or starts[b] == before_last
+            count = min(stop, starts[b] + n[b]) - max(start, starts[b])
+            if count > 0:
+                mine[b] = count
+        had.append(mine)
+    assert [sum(mine.get(b, 0) for mine in had) for b in range(batch)] == n
+    return had
 
 
-def test_shares_go_to_the_sequences_that_have_the_keys() -> None:
-    assert counts_of([4096] * 3, 2) == [2, 2, 2]
-    assert counts_of([4096] * 3, 1) == [1, 1, 1]
-    assert counts_of([4096, 4000, 4200] * 50, 2) == [2] * 150
-    assert counts_of([16384] + [512] * 7, 2) == [13] + [1] * 7  # of a mean of 2496, halved
-    assert counts_of([3000, 1000, 0, -5], 3) == [9, 3, 1, 1]
-    assert counts_of([5000, 1000], 4, most=1000) == [4, 4]  # a window hides what one has more
-    assert counts_of([0, 0, 0], 2) == [1, 1, 1]
-    assert counts_of([2**31 - 1, 5], 3) == [6, 1]
+def test_teams_have_equal_ranges_of_all_keys() -> None:
+    assert blocks_of_teams([1024] * 3, 3) == [{0: 8}, {1: 8}, {2: 8}]
+    assert blocks_of_teams([1024] * 3, 6) == [{0: 4}, {0: 4}, {1: 4}, {1: 4}, {2: 4}, {2: 4}]
+    assert blocks_of_teams([2000, 0, 100, 700], 4) == [{0: 6}, {0: 6}, {0: 4, 1: 1, 2: 1}, {3: 6}]
+    assert blocks_of_teams([900], 9) == [{0: 2}] * 4 + [{}] * 5  # none has less than MIN_SPLIT
+    assert blocks_of_teams([5000, 1000], 4, most=1000) == [{0: 4}, {0: 4}, {1: 4}, {1: 4}]  # a window hides what one has more
+    assert blocks_of_teams([0, 0, -5], 1) == [{0: 1, 1: 1, 2: 1}]
+    # Sequences without query tokens, or with so many that another launch has them, have no keys here.
+    assert blocks_of_teams([900, 900, 900, 900], 4, q_lens=[1, 0, 5, 4]) == [{0: 4}, {0: 4}, {3: 4}, {3: 4}]
 
 
-def test_shares_always_have_room() -> None:
+def test_each_sequence_has_its_own_teams() -> None:
+    assert blocks_of_teams([1024, 300, 0], 6, per=2) == [{0: 4}, {0: 4}, {1: 2}, {1: 1}, {2: 1}, {}]
+    assert blocks_of_teams([1024, 300, 0], 3, per=1) == [{0: 8}, {1: 3}, {2: 1}]
+
+
+def test_teams_of_large_batches() -> None:
     g = torch.Generator().manual_seed(0)
-    for batch, goal in ((1, 1), (3, 2), (130, 1), (40, 7)):
-        scale = 10 ** (torch.rand(batch, generator=g) * 5)
-        counts_of((torch.rand(batch, generator=g) * scale).int().tolist(), goal)
-        counts_of([1] + [3] * (batch - 1), goal)  # as many halves as there can be
+    for batch, teams in ((127, 5), (128, 33), (129, 1), (300, 40)):
+        lengths = (10 ** (torch.rand(batch, generator=g) * 4)).int().tolist()
+        had = blocks_of_teams(lengths, teams)
+        most = max(sum(mine.values()) for mine in had)
+        assert most == max(2, -(-sum(sum(mine.values()) for mine in had) // teams))
 
 
 @pytest.mark.parametrize("options", [{}, {"window_size": (900, 0)}, {"sinks": torch.tensor([0.5, -1.0])}], ids=str)
-def test_uneven_lengths_join_to_the_same_result(options: dict[str, Any]) -> None:
-    """On a GPU with places for eight programs: three shares a mean sequence, of which the first gets most."""
-    call = make([1, 1, 1, 1, 1], [2100, 0, 300, 40, 700], heads=2, kv_heads=1, head_dim=16, tail=3)
-    few = replace(H200, sm_count=2)
-    check(call, device=few, **options)
-    check(make([2, 1, 3], [700, 2, 1300], heads=2, kv_heads=1, head_dim=16), device=few, causal=True, **options)
+def test_uneven_lengths_join_to_the_same_result(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one team for all of them, with a few that begin and end anywhere, and with more than there are keys for."""
+    call = make([1, 1, 1, 1, 1], [1100, 0, 300, 40, 700], heads=2, kv_heads=1, head_dim=16, tail=3)
+    for count in (1, 4, 100):
+        monkeypatch.setattr(splits, "choose_teams", lambda heads, batch, room, n=count: n)
+        check(call, **options)
+        check(make([2, 1, 3], [700, 2, 900], heads=2, kv_heads=1, head_dim=16), causal=True, **options)
 
 
 def test_lengths_that_grow_need_no_other_plan() -> None:
-    """What a captured graph replays: the same launches, while the shares wander from one sequence to the other."""
+    """What a captured graph replays: the same launches, while the teams wander from one sequence to the other."""
     call = make([1, 1], [1900, 1900], heads=1, kv_heads=1, head_dim=16)
     few = replace(H200, sm_count=1)
     kernel = kernel_of(call, device=few)
