@@ -7,7 +7,7 @@ Steps, in order of value; each writes its file as it goes, and what fails costs 
     conformance   every case of `vllm_accel.testing` and longer ones against float64, in processes on all cores;
                   beside it every tile that `tiles` will time is compiled and checked
     peers         forward and decode against every other backend that runs here (`benchmarks.attention`)
-    splits        decode by number of splits, chosen and forced, as CUDA graphs
+    splits        decode by how its keys are shared out, chosen and otherwise, as CUDA graphs
     backward      backward passes alone, against the same
     tiles         a few tiles and variants for each of the main calls, as CUDA graphs
     memory        peak bytes by sequence length
@@ -228,12 +228,12 @@ def peers(run: Run) -> None:
 
 
 def splits(run: Run) -> None:
-    """Time decode by number of splits."""
+    """Time decode by how its keys are shared out."""
     tasks = [Task(name, tiling.time_splits, (name,)) for name in tiling.SPLIT_CALLS]
 
     def show(row: dict[str, Any]) -> str:
         timed = [r for r in row["results"] if r["seconds"]]
-        return "; ".join(f"{r['splits'] or 'chosen'} {r['seconds'] * 1e6:.0f} us {_share(r)}" for r in timed)
+        return "; ".join(f"{r['way']} {r['seconds'] * 1e6:.0f} us {_share(r)}" for r in timed)
 
     _one_by_one(run, "splits", tasks, 0.3, show)
 

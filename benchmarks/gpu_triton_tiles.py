@@ -16,11 +16,13 @@ import torch
 from benchmarks import tile_problems
 from benchmarks.tile_problem import Data, Where, unwritten
 from vllm_accel.dispatch.device import detect
+from vllm_accel.kernels.triton import splits
 from vllm_accel.kernels.triton.launch import Launch, run
 from vllm_accel.kernels.triton.tiles import Tile, lookup
 from vllm_accel.testing.oracle import attention_oracle, plain_attention
 from vllm_accel.testing.tolerance import assert_close, assert_lse_close
 from vllm_accel.tuning import timing
+from vllm_accel.tuning.grid import ragged
 
 ROUNDS = 5
 _BF16, _E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -293,34 +295,69 @@ def time_tiles(name: str, indices: tuple[int, ...]) -> dict[str, Any]:
             "results": rows, "errors": errors}  # fmt: skip
 
 
-#: Lengths of the sequences of a decode, by name: 32 heads over 8, head size 128, blocks of 16.
+class Decode(NamedTuple):
+    """A decode whose keys are shared out: lengths of its sequences, the entry of the table, blocks (0: dense keys)."""
+
+    used: list[int]
+    key: str = "m16_d128"
+    page: int = 16
+    queries: int = 1
+
+
+def _ragged(batch: int, longest: int) -> list[int]:
+    return [keys for _, keys in ragged(batch, 1, longest)]
+
+
+#: 32 heads over 8, but for the latent one: 16 over 1.
 SPLIT_CALLS = {
-    "b32_4k": [4096] * 32, "b16_16k": [16384] * 16, "b1_32k": [32768], "b64_2k": [2048] * 64,
-    "mixed": [32768, *[1024] * 31],
+    "b32_4k": Decode([4096] * 32), "b32_4k_page64": Decode([4096] * 32, page=64), "b16_16k": Decode([16384] * 16),
+    "b64_2k": Decode([2048] * 64), "b1_16k": Decode([16384]), "b1_32k": Decode([32768]), "b8_1k": Decode([1024] * 8),
+    "b256_1k": Decode([1024] * 256), "uneven_b16_8k": Decode(_ragged(16, 8192)),
+    "uneven_b16_32k": Decode(_ragged(16, 32768)), "uneven_b64_2k": Decode(_ragged(64, 2048)),
+    "uneven_b64_32k": Decode(_ragged(64, 32768)), "one_32k_31_1k": Decode([32768, *[1024] * 31]),
+    "one_32k_127_1k": Decode([32768, *[1024] * 127]), "b32_4k_e4m3": Decode([4096] * 32, "m16_d128_8bit"),
+    "b32_4k_d64": Decode([4096] * 32, "m16_d64"), "b32_4k_latent": Decode([4096] * 32, "m16_d512", page=64),
+    "b32_4k_4_tokens": Decode([4096] * 32, queries=4), "dense_b32_4k": Decode([4096] * 32, page=0),
+    "dense_b1_16k": Decode([16384], page=0),
 }  # fmt: skip
-FORCED = (0, 1, 2, 3, 4, 6, 8, 16, 32)
 
 
 def time_splits(name: str, where: Where | None = None) -> dict[str, Any]:
-    """Time a decode with the splits that the plan chooses (0) and with forced ones, as CUDA graphs, in turns."""
+    """Time a decode as it is planned and with other numbers of teams, as CUDA graphs, in turns."""
     from benchmarks.attention import COPY, MATMUL, yardsticks
 
-    where, used = where or here(), SPLIT_CALLS[name]
-    tile = lookup("paged", where.arch, ["m16_d128"])
+    where, call = where or here(), SPLIT_CALLS[name]
+    latent = call.key.endswith("d512")
+    d, d_v, group, kv_heads = (576, 512, 16, 1) if latent else (*[int(call.key.split("_d")[1].split("_")[0])] * 2, 4, 8)
+    cache = _E4M3 if call.key.endswith("8bit") else _BF16
+    tile = lookup("mla" if latent else "paged", where.arch, [call.key])
+    row_bytes = (d if latent else d + d_v) * cache.itemsize
     calls, work = yardsticks(where.device, _BF16, small=where.device.type != "cuda")
-    data = tile_problems.paged_data(where, 128, 128, _BF16, 4, queries=1, kv_heads=8, used=used, page=16)
-    calls |= {str(forced): _graph(data.launches(tile, forced)) for forced in FORCED}
+    data = tile_problems.paged_data(
+        where, d, d_v, cache, group, queries=call.queries, kv_heads=kv_heads, used=call.used, page=call.page,
+        dense=not call.page,
+    )  # fmt: skip
+    room = splits.places(tile, row_bytes, splits.Gpu(where.sm_count))
+    ways = {
+        "chosen": data.launches(tile),
+        "not joined": data.launches(tile)[:1],
+        "one team a sequence": data.launches(tile, 1),
+        "busy places": data.launches(tile, teams=max(1, room.busy // kv_heads)),
+        "all places": data.launches(tile, teams=max(1, room.all // kv_heads)),
+        "twice the busy places": data.launches(tile, teams=max(1, 2 * room.busy // kv_heads)),
+    }
+    calls |= {way: _graph(launches) for way, launches in ways.items()}
     found = timing.in_turns(calls, timing.clock(where.device), ROUNDS)
     found.pop(MATMUL)
     copy = found.pop(COPY)
-    stored = sum(used) * 8 * 128 * 2 * _BF16.itemsize
+    stored = sum(call.used) * kv_heads * row_bytes
     rate = work[COPY] / copy.seconds if copy.seconds else 0.0
     rows = [
-        {"splits": int(n), "seconds": t.seconds, "error": t.error,
+        {"way": way, "programs": ways[way][0].grid[0], "seconds": t.seconds, "error": t.error,
          "of_copy": stored / t.seconds / rate if t.seconds and rate else None}
-        for n, t in found.items()
+        for way, t in found.items()
     ]  # fmt: skip
-    return {"copy_gbs": rate * 1e-9, "results": rows}
+    return {"copy_gbs": rate * 1e-9, "tile": tile._asdict(), "results": rows}
 
 
 def _row(

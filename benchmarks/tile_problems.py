@@ -246,41 +246,50 @@ def _cached(kernel: str, d: int, d_v: int, rope: int) -> Iterator[Entry]:
 
 def paged_data(
     where: Where, d: int, d_v: int, cache: torch.dtype, group: int, *,
-    queries: int, kv_heads: int, used: list[int], page: int = 0,
+    queries: int, kv_heads: int, used: list[int], page: int = 0, dense: bool = False,
 ) -> Data:  # fmt: skip
     """Return a call over a paged cache whose sequences have `used` keys each, in blocks of `page` (0: 16 or 64).
 
-    Its launches take a number of splits too, 0 for what the plan chooses.
+    Its launches take a number of splits of each sequence too, and a number of teams, 0 for what the plan chooses.
+
+    Args:
+        dense: each sequence is a block, as `backends.triton_decode` has it; all are equally long.
     """
-    page, batch = page or (64 if max(used) > 1000 else 16), len(used)
-    per_sequence = -(-max(used) // page)
+    page, batch = max(used) if dense else page or (64 if max(used) > 1000 else 16), len(used)
+    wanted = [-(-n // page) for n in used]
     dtype = torch.float32 if cache is torch.float32 else torch.bfloat16
     mla = d != d_v
     q = random_tensor((batch * queries, group * kv_heads, d), dtype, where, 0)
-    k = random_tensor((batch * per_sequence, page, kv_heads, d), cache, where, 1)
-    v = k[..., :d_v] if mla else random_tensor((batch * per_sequence, page, kv_heads, d_v), cache, where, 2)
+    k = random_tensor((sum(wanted), page, kv_heads, d), cache, where, 1)
+    v = k[..., :d_v] if mla else random_tensor((sum(wanted), page, kv_heads, d_v), cache, where, 2)
 
     def ints(values: Tensor) -> Tensor:
         return values.to(torch.int32).to(where.device)
 
-    order = torch.randperm(batch * per_sequence, generator=torch.Generator().manual_seed(3))
+    order = torch.arange(batch) if dense else torch.randperm(sum(wanted), generator=torch.Generator().manual_seed(3))
+    table = torch.nn.utils.rnn.pad_sequence(list(order.split(wanted)), batch_first=True)
     args = PagedArgs(
-        ints(torch.arange(batch + 1) * queries), ints(order.view(batch, per_sequence)), ints(torch.tensor(used)),
+        ints(torch.arange(batch + 1) * queries), ints(table), ints(torch.tensor(used)),
         None, None, None, None, None, queries, max(used), d**-0.5, True, (-1, -1), 0.0, True, False, False,
     )  # fmt: skip
     out = unwritten((*q.shape[:2], d_v), dtype, where.device)
     lse = unwritten((q.shape[1], q.shape[0]), torch.float32, where.device)
     chip = paged_launch.chip_of(where.arch)
 
-    def launches(tile: Tile, num_splits: int = 0, chip: paged_launch.Chip = chip) -> tuple[Launch, ...]:
-        sizes = paged_launch.sizes_of(q, v, args, mla=mla)
+    def launches(
+        tile: Tile, num_splits: int = 0, chip: paged_launch.Chip = chip, teams: int = 0
+    ) -> tuple[Launch, ...]:  # fmt: skip
+        sizes = paged_launch.sizes_of(q, v, args, mla=mla, even=dense)
         works = splits.plan_work(sizes, lambda rows: tile, splits.Gpu(where.sm_count), num_splits)
+        if teams:
+            works = tuple(work._replace(teams=teams, num_splits=0, split=True) for work in works)
         room = splits.scratch(works, sizes)
         part = torch.empty(max(room, 1), device=where.device) if room or works[-1].teams else None
         made = []
         for work in works:
-            made.append(paged_launch.attention_launch(work, q, k, v, out, lse, part, args, chip=chip, mla=mla))
-            if work.split:
+            kind = {"chip": chip, "mla": mla, "one_block": dense}
+            made.append(paged_launch.attention_launch(work, q, k, v, out, lse, part, args, **kind))
+            if work.split and part is not None:
                 made.append(paged_launch.combine_launch(work, out, lse, part, args))
         return tuple(made)
 

@@ -111,19 +111,21 @@ def test_a_case_can_be_assembled_by_either(ptxas: str, monkeypatch: pytest.Monke
     assert len({t.name for t in gpu_triton.everything_tasks()}) == 8 + len(work.COMBINED_CASES)
 
 
-def test_splits_are_forced_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On meta tensors: what each number of splits launches, and the row that comes of it."""
+@pytest.mark.parametrize("page", [16, 0])
+def test_ways_to_share_keys_are_timed(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, without a launch: what each way launches, and the row that comes of it."""
     launched = []
-    monkeypatch.setattr(tiling, "SPLIT_CALLS", {"small": [4096] * 4})
+    monkeypatch.setattr(tiling, "SPLIT_CALLS", {"small": tiling.Decode([4096] * 4, page=page)})
     monkeypatch.setattr(tiling, "_graph", lambda launches: launched.append(launches) or (lambda: None))
     monkeypatch.setattr(tiling.tile_problems, "random_tensor", lambda shape, dtype, *_: torch.empty(shape, dtype=dtype))
     row = tiling.time_splits("small", Where(torch.device("cpu"), "sm_90"))
-    assert [r["splits"] for r in row["results"]] == list(tiling.FORCED)
     assert all(r["seconds"] and r["of_copy"] and not r["error"] for r in row["results"])
-    names = [[launch.fn.__name__ for launch in launches] for launches in launched]
-    assert names[1] == ["paged_attention"] and names[2] == ["paged_attention", "combine_splits"]
-    grids = [launches[0].grid[0] - 8 for launches in launched]  # 8 are for rows past the last sequence
-    assert grids[2] == 2 * grids[1] and grids[4] == 4 * grids[1]
+    names = {r["way"]: [launch.fn.__name__ for launch in n] for r, n in zip(row["results"], launched, strict=True)}
+    assert names["chosen"] == names["all places"] == ["stream_attention", "combine_teams"]
+    assert names["not joined"] == names["one team a sequence"] == ["stream_attention"]
+    programs = {r["way"]: r["programs"] for r in row["results"]}
+    assert programs["one team a sequence"] == 4 * 8
+    assert programs["busy places"] < min(programs["all places"], programs["twice the busy places"])
 
 
 def test_a_graph_keeps_the_tensors_that_it_writes_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Join attention over disjoint sets of keys by its log-sum-exp: splits or teams of one launch, or anybody's partial results.
+"""Join attention over disjoint sets of keys by its log-sum-exp: parts of one launch, or anybody's partial results.
 
 With m the largest lse of the parts: out = sum 2^(lse - m) out_part / sum 2^(lse - m) (FlashDecoding,
 https://crfm.stanford.edu/2023/10/12/flashdecoding.html). A part without keys has -inf and weighs nothing; a sink is one

@@ -39,7 +39,7 @@ class Launch(NamedTuple):
         args: tensors or None, then floats, then ints, in the order of the kernel's parameters.
         constexprs: the remaining parameters, by name.
         num_warps, num_stages: of the compiler. maxnreg: registers per thread at most, 0 for the compiler's choice.
-        early: it may begin before the launch before it has ended, for which its kernel waits (`gdc_wait`): from sm_90 on.
+        early: it may begin before the launch before it has ended; its kernel waits (`gdc_wait`). From sm_90 on.
     """
 
     fn: Any

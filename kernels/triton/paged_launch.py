@@ -66,11 +66,13 @@ class Chip(NamedTuple):
 
     Attributes:
         native_e4m3: convert e4m3; else the kernel does (q and caches may be uint8 views or e4m3).
+        early: begin a launch before the one that it waits for has ended: NVIDIA's from compute capability 9.0 on.
         pairs: convert two FP8 numbers of a 16-bit integer (`pages.halves`): NVIDIA's from compute capability 8.9 on.
     """
 
     native_e4m3: bool = True
     pairs: bool = False
+    early: bool = False
 
 
 def chip_of(arch: str) -> Chip:
@@ -156,8 +158,8 @@ def attention_launch(
     }  # fmt: skip
     tokens, batch = q.shape[0], args.seqused_k.shape[0]
     if work.teams:
-        constexprs |= {"UNIT": work.unit}
-        cut = (work.teams, work.num_splits, work.most, work.tiles, work.high_q, int(work.tail))
+        constexprs |= {"UNIT": work.unit, "EARLY": chip.early}
+        cut: tuple[int, ...] = (work.teams, work.num_splits, work.most, work.tiles, work.high_q, int(work.tail))
     else:
         constexprs |= {"SEARCH": work.search, "SPLIT": work.split, "FIXED": work.fixed}
         constexprs |= {"PEEL": work.search and not work.split}
@@ -168,7 +170,8 @@ def attention_launch(
         args=(
             *attention_tensors(q, k_cache, v_cache, out, lse, part, where_of(args), options_of(args), chip.native_e4m3),
             args.softmax_scale, args.softcap, max(left, 0), max(right, 0), tokens, batch, num_blocks,
-            args.block_table.shape[1], kv_heads, *cut, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], args.block_table.stride(0),
+            args.block_table.shape[1], kv_heads, *cut,
+            *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], args.block_table.stride(0),
         ),
         constexprs=constexprs,
         num_warps=work.tile.num_warps,

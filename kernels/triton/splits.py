@@ -1,9 +1,9 @@
 """Into which launches a paged call is cut, and each sequence's keys into how many parts: plain Python, no tensors.
 
 A sequence with few query tokens has one or two tiles of rows per key head, so that a small batch leaves most of the GPU
-idle unless several programs share its keys (FlashDecoding). Decodes are a stream (`stream.py`): as many teams of programs as
-keep the memory busy share all keys of the batch. How many is decided by numbers that the host has; where the keys are
-cut, by the real lengths, on the device. So a CUDA graph stays valid while sequences grow.
+idle unless several programs share its keys (FlashDecoding). Decodes are a stream (`stream.py`): as many teams of
+programs as keep the memory busy share all keys of the batch. How many is decided by numbers that the host has; where
+the keys are cut, by the real lengths, on the device. So a CUDA graph stays valid while sequences grow.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def choose_splits(blocks: int, room: Places, keys: int, most: int = MAX_SPLITS) 
 def choose_teams(heads: int, batch: int, room: Places) -> int:
     """Return how many teams suit a launch, of a program for each of so many key heads and tiles.
 
-    As many as keep the memory busy, one more rather than one less, if they find places at a time. Up to 6 % fewer if that
-    makes them a multiple or a part of the batch: of equally long sequences then none, or no more than need be, is cut.
+    As many as keep the memory busy, one more rather than one less, if they find places at a time. Up to 6 % fewer if
+    that makes them a multiple or a part of the batch: then equally long sequences are cut into equal parts, or not.
     """
     if heads > room.all:  # several waves, of which the last is not full: no less than four
         return -(-4 * room.all // heads)

@@ -36,18 +36,21 @@ def stream_attention(
     Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
     ROPE: tl.constexpr, BLOCK_R: tl.constexpr, FOLD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
     BITS: tl.constexpr, Q_BITS: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr,
-    E5M2: tl.constexpr, ASM: tl.constexpr,
+    E5M2: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of rows over a team's keys, for one key head; the heads of a token lie side by side in memory.
 
     Args, beside those of `paged.paged_attention`:
         part_ptr: fp32 (2 * teams, high_q, num_heads, DV) normalised sums, then as many rows of base-2 log-sum-exps. Row
-            2 * t is of team t's first sequence, if it has the end of it; 2 * t + 1 of its last, if that goes on after it.
+            2 * t is of team t's first sequence, if it has the end of it; 2 * t + 1 of its last, if that goes on.
         teams, per, most: see `teams.py`; `most` at most what a row of the table can name.
         tiles: of rows of a sequence, of which none that is computed has more than high_q tokens.
         tail: the rows past the last sequence are written too.
         UNIT: keys of a block, a multiple of BLOCK_N.
+        EARLY: what joins the results may begin meanwhile; it waits for them itself.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0)
     kv_head = index % num_kv_heads
     worker = index // num_kv_heads
@@ -61,7 +64,7 @@ def stream_attention(
     part_lse = part_ptr + 2 * teams.to(tl.int64) * high_q * num_heads * DV
     token, len_q = query_span(cu_seqlens, tl.minimum(first, batch), batch, tokens)
     len_k = key_count(seqused_k, first, batch, max_blocks, PAGE)
-    for i in range(0, tl.minimum(last, batch - 1) - first + 1):
+    for i in range(tl.minimum(last, batch - 1) - first + 1):
         sequence = first + i
         # Of the next sequence, so that nothing waits for it then.
         next_token, next_q = query_span(cu_seqlens, sequence + 1, batch, tokens)
@@ -75,6 +78,8 @@ def stream_attention(
             low, inner, outer, high = keys_of_rows(
                 tile * BLOCK_M // GROUP, len_q, len_k, left, right, SPAN, BLOCK_N, LEFT, RIGHT
             )
+            # A length is never negative, but the compiler does not know: it would work all of this out before the loop,
+            # and keep it in 50 registers that leave no room for a third program on the multiprocessor.
             r = tile * BLOCK_M + tl.arange(0, BLOCK_M) + (len_q < 0).to(tl.int32)
             rows = r // GROUP
             heads = kv_head * GROUP + r % GROUP
