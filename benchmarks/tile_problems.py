@@ -289,7 +289,7 @@ def paged_data(
         for work in works:
             kind = {"chip": chip, "mla": mla, "one_block": dense}
             made.append(paged_launch.attention_launch(work, q, k, v, out, lse, part, args, **kind))
-            if work.split and part is not None:
+            if work.split and not work.teams and part is not None:
                 made.append(paged_launch.combine_launch(work, out, lse, part, args))
         return tuple(made)
 

@@ -12,7 +12,7 @@ FILES = sorted([*KERNELS.glob("triton/*.py"), *KERNELS.glob("gluon/*.py")])
 #: Files with device code that is launched; the others hold what these share.
 LAUNCHED = (
     "backward_bias", "backward_delta", "backward_dkv", "backward_dq", "combine", "forward", "forward_sm90",
-    "grouped_gemm", "kv_write", "mla", "paged",
+    "grouped_gemm", "kv_write", "mla", "paged", "stream",
 )  # fmt: skip
 
 

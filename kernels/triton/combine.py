@@ -1,11 +1,11 @@
-"""Join attention over disjoint sets of keys by its log-sum-exp: parts of one launch, or anybody's partial results.
+"""Join attention over disjoint sets of keys by its log-sum-exp: splits of one launch, or anybody's partial results.
 
 With m the largest lse of the parts: out = sum 2^(lse - m) out_part / sum 2^(lse - m) (FlashDecoding,
 https://crfm.stanford.edu/2023/10/12/flashdecoding.html). A part without keys has -inf and weighs nothing; a sink is one
 more term of the denominator.
 
-Layouts: partial results as `paged` and `stream` write them; outs to merge contiguous (B, S, H, Dv), lses (B, H, S).
-Tiles: a program joins one row of one head, BLOCK_S parts at a time, or merges BLOCK_R rows; `paged_launch` and
+Layouts: partial results as `paged` writes them; outs to merge contiguous (B, S, H, Dv), lses (B, H, S).
+Tiles: a program joins one row of one head, BLOCK_S splits at a time, or merges BLOCK_R rows; `paged_launch` and
 `merge_launch` choose them by the head size, no table.
 """
 
@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from vllm_accel.kernels.triton.pages import query_span
 from vllm_accel.kernels.triton.scores import LN2, LOG2E
-from vllm_accel.kernels.triton.teams import blocks_of, range_of_team
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "num_splits", "low_q", "high_q", "part_rows"])
@@ -72,59 +71,6 @@ def combine_splits(
     if lse_ptr is not None:
         joined = tl.where(total == 0.0, float("-inf"), top + tl.log2(some))
         tl.store(lse_ptr + head.to(tl.int64) * tokens + token, joined * LN2)
-
-
-@triton.jit(do_not_specialize=["tokens", "batch", "teams", "per", "most", "high_q"])
-def combine_teams(
-    part_ptr, cu_seqlens, seqused_k, sinks, out_ptr, lse_ptr,
-    tokens, batch, num_heads, teams, per, most, high_q,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, UNIT: tl.constexpr, SINKS: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """Join one row of the sequence that begins with a team of `stream_attention` (arguments as there) and goes on.
-
-    There are no more of these than teams, so the launch is as small. EARLY: it began before that kernel ended.
-    """
-    index = tl.program_id(0)
-    head = tl.program_id(1)
-    team = index // high_q
-    t = index % high_q
-    start, stop, _, _, sequence, before = range_of_team(
-        team, cu_seqlens, seqused_k, batch, tokens, teams, per, most, high_q, UNIT
-    )
-    n = blocks_of(sequence, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT)
-    first, len_q = query_span(cu_seqlens, sequence, batch, tokens)
-    sink = float("-inf")
-    if SINKS:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    if (before < start) | (before + n <= stop) | (t >= len_q):
-        return
-    end = team + (before + n - 1 - start) // (stop - start)
-    part_lse = part_ptr + 2 * teams.to(tl.int64) * high_q * num_heads * DV
-    columns = tl.arange(0, BLOCK_DV)
-    acc = tl.zeros([BLOCK_DV], tl.float32)
-    top, total = sink, tl.where(sink > float("-inf"), 1.0, 0.0)
-    for others in range(team, end + 1, BLOCK_S):
-        member = others + tl.arange(0, BLOCK_S)
-        slot = 2 * member + (member < end).to(tl.int32)
-        at = (slot.to(tl.int64) * high_q + t) * num_heads + head
-        value = tl.load(part_lse + at, mask=member <= end, other=float("-inf"))
-        inside = (member <= end)[:, None] & (columns < DV)[None, :]
-        part = tl.load(part_ptr + at[:, None] * DV + columns[None, :], mask=inside, other=0.0)
-        higher = tl.maximum(top, tl.max(value, 0))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        weight, rescale = tl.exp2(value - shift), tl.exp2(top - shift)
-        acc = acc * rescale + tl.sum(part * weight[:, None], 0)
-        total = total * rescale + tl.sum(weight, 0)
-        top = higher
-    some = tl.where(total == 0.0, 1.0, total)
-    at = (first + t).to(tl.int64) * num_heads + head
-    tl.store(out_ptr + at * DV + columns, (acc / some).to(out_ptr.dtype.element_ty), mask=columns < DV)
-    if lse_ptr is not None:
-        joined = tl.where(total == 0.0, float("-inf"), top + tl.log2(some))
-        tl.store(lse_ptr + head.to(tl.int64) * tokens + (first + t), joined * LN2)
 
 
 @triton.jit(do_not_specialize=["rows", "seqlen"])

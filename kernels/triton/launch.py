@@ -39,7 +39,6 @@ class Launch(NamedTuple):
         args: tensors or None, then floats, then ints, in the order of the kernel's parameters.
         constexprs: the remaining parameters, by name.
         num_warps, num_stages: of the compiler. maxnreg: registers per thread at most, 0 for the compiler's choice.
-        early: it may begin before the launch before it has ended; its kernel waits (`gdc_wait`). From sm_90 on.
     """
 
     fn: Any
@@ -49,14 +48,11 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
     maxnreg: int = 0
-    early: bool = False
 
 
 def compile_options(launch: Launch) -> dict[str, int]:
     """Return the keyword arguments that the compiler takes; AMD's knows no ``maxnreg``, so 0 leaves it out."""
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    if launch.early:
-        options["launch_pdl"] = True
     return {**options, "maxnreg": launch.maxnreg} if launch.maxnreg else options
 
 
@@ -127,7 +123,7 @@ class Bound:
         if self._direct:
             self._stream_of = triton.runtime.driver.active.get_current_stream
         kind = (
-            id(launch.fn), self._index, launch.num_warps, launch.num_stages, launch.maxnreg, launch.early,
+            id(launch.fn), self._index, launch.num_warps, launch.num_stages, launch.maxnreg,
             tuple([None if t is None else t.dtype for t in args[:tensors]]),
             # Triton compiles for integers that are 1 or multiples of 16, and for those that need 64 bits.
             tuple([n if n == 1 else (n & 15 == 0, n >> 31 == 0) for n in args[values:]]),

@@ -10,7 +10,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
-from vllm_accel.kernels.triton.combine import combine_splits, combine_teams
+from vllm_accel.kernels.triton.combine import combine_splits
 from vllm_accel.kernels.triton.launch import Launch
 from vllm_accel.kernels.triton.paged import paged_attention
 from vllm_accel.kernels.triton.scores import folds
@@ -26,8 +26,8 @@ _JOINED = 8
 #: Floats of those at most, 64 for each of 128 threads. A row of a batch of one has 64 splits, and eight steps that wait
 #: for memory one after the other were most of its time (40 us on an H200 for 67 MB of keys, 2026-11-27).
 _JOINED_FLOATS = 8192
-#: Floats that `combine_teams` joins at a time.
-_TEAM_FLOATS = 4096
+#: Floats of partial results that a program of a stream joins at a time: 64 for each of 128 threads, of four rows.
+_STREAM_FLOATS, _STREAM_ROWS = 8192, 4
 
 
 #: Slots of a block that is as long as its sequence: longer than any, and a multiple of every tile.
@@ -66,13 +66,11 @@ class Chip(NamedTuple):
 
     Attributes:
         native_e4m3: convert e4m3; else the kernel does (q and caches may be uint8 views or e4m3).
-        early: begin a launch before the one that it waits for has ended: NVIDIA's from compute capability 9.0 on.
         pairs: convert two FP8 numbers of a 16-bit integer (`pages.halves`): NVIDIA's from compute capability 8.9 on.
     """
 
     native_e4m3: bool = True
     pairs: bool = False
-    early: bool = False
 
 
 def chip_of(arch: str) -> Chip:
@@ -158,7 +156,8 @@ def attention_launch(
     }  # fmt: skip
     tokens, batch = q.shape[0], args.seqused_k.shape[0]
     if work.teams:
-        constexprs |= {"UNIT": work.unit, "EARLY": chip.early}
+        together = max(1, _STREAM_FLOATS // (_STREAM_ROWS * padded(head_dim_v)))
+        constexprs |= {"UNIT": work.unit, "JOIN_S": together, "JOIN_R": _STREAM_ROWS}
         cut: tuple[int, ...] = (work.teams, work.num_splits, work.most, work.tiles, work.high_q, int(work.tail))
     else:
         constexprs |= {"SEARCH": work.search, "SPLIT": work.split, "FIXED": work.fixed}
@@ -190,32 +189,30 @@ def attention_tensors(
     return (q, k_cache, v_cache, *where, out, lse, part, *options)
 
 
-def combine_launch(
-    work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs, *, early: bool = False
-) -> Launch:
-    """Return the launch that joins the partial results of `attention_launch`."""
+def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs) -> Launch:
+    """Return the launch that joins the splits of `attention_launch`."""
     tokens, heads, head_dim_v = out.shape
-    batch, width, sinks = args.seqused_k.shape[0], padded(head_dim_v), args.sinks is not None
-    tensors = combine_tensors(out, lse, part, where_of(args), args.sinks, teams=work.teams > 0)
-    constexprs = {"DV": head_dim_v, "BLOCK_DV": width, "SINKS": sinks}
-    if work.teams:
-        ints = (tokens, batch, heads, work.teams, work.num_splits, work.most, work.high_q)
-        together = max(2 * _JOINED, _TEAM_FLOATS // width)
-        constexprs |= {"BLOCK_S": together, "UNIT": work.unit, "EARLY": early}
-        grid = (work.teams * work.high_q, heads, 1)
-        return Launch(combine_teams, grid, (*tensors, *ints), constexprs, num_warps=4, num_stages=2, early=early)
-    together = _JOINED
+    batch, width, together = args.seqused_k.shape[0], padded(head_dim_v), _JOINED
     if not work.fixed:
         together = max(_JOINED, min(1 << (work.num_splits - 1).bit_length(), _JOINED_FLOATS // width))
-    constexprs |= {"BLOCK_S": together, "SEARCH": work.search}
-    ints = (tokens, batch, heads, work.num_splits, work.low_q, work.high_q, work.part_rows)
-    grid = (tokens if work.search else batch * work.high_q, heads, 1)
-    return Launch(combine_splits, grid, (*tensors, *ints), constexprs, num_warps=4, num_stages=2)
+    return Launch(
+        fn=combine_splits,
+        grid=(tokens if work.search else batch * work.high_q, heads, 1),
+        args=(
+            *combine_tensors(out, lse, part, where_of(args), args.sinks), tokens, batch, heads, work.num_splits,
+            work.low_q, work.high_q, work.part_rows,
+        ),
+        constexprs={
+            "DV": head_dim_v, "BLOCK_DV": width, "BLOCK_S": together, "SEARCH": work.search,
+            "SINKS": args.sinks is not None,
+        },
+        num_warps=4,
+        num_stages=2,
+    )  # fmt: skip
 
 
 def combine_tensors(
-    out: Tensor, lse: Tensor | None, part: Tensor, where: Where, sinks: Tensor | None, teams: bool
+    out: Tensor, lse: Tensor | None, part: Tensor, where: Where, sinks: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Return the tensors of `combine_launch`, in the kernel's order."""
-    lengths = (where[0], where[2]) if teams else (where[0],)
-    return (part, *lengths, sinks, out, lse)
+    return (part, where[0], sinks, out, lse)

@@ -62,13 +62,13 @@ class Gpu(NamedTuple):
 
 
 class Work(NamedTuple):
-    """One launch of an attention kernel, and where `split` one that joins its partial results.
+    """One launch of an attention kernel, and where `split`, but for a stream, one that joins its partial results.
 
     Attributes:
         search: programs find their sequence (prefill); else the launch has `tiles` per sequence (decode).
         tiles: tiles of rows of one sequence, with `search` regions of the batch.
         low_q, high_q: sequences with so many query tokens are computed.
-        num_splits, fixed: see `pages.split_range`. split: results may be partial.
+        num_splits, fixed: see `pages.split_range`. split: results may be partial. Those of a stream it joins itself.
         part_rows: rows of the partial results of one split (of one slot of a team).
         tail: it also writes the rows past the last sequence.
         teams: of a stream, 0 where it is none. num_splits are then those of each sequence, 0 where teams share all keys
@@ -95,10 +95,14 @@ class Work(NamedTuple):
             return self.num_splits
         return self.teams or self.num_splits * batch + self.tail
 
-    @property
-    def scratch_rows(self) -> int:
-        """Rows of all its partial results."""
-        return (2 * self.teams or self.num_splits) * self.part_rows if self.split else 0
+    def scratch(self, sizes: Sizes) -> int:
+        """Return the floats of its partial results, and of a stream's counters, two for each row of a team."""
+        if not self.split:
+            return 0
+        heads, width = sizes.num_heads, sizes.head_dim_v + 1
+        if self.teams:
+            return 2 * self.teams * self.part_rows * heads * (width + 1)
+        return self.num_splits * self.part_rows * heads * width
 
 
 class Places(NamedTuple):
@@ -148,7 +152,7 @@ def choose_teams(heads: int, batch: int, room: Places) -> int:
     if heads > room.all:  # several waves, of which the last is not full: no less than four
         return -(-4 * room.all // heads)
     teams = min(-(-room.busy // heads), room.all // heads)
-    near = range(teams, teams - 1 - teams * 6 // 100, -1)
+    near = range(teams, teams - 1 - teams * 6 // 100, -1) if batch <= 2 * teams else ()
     return next((n for n in near if batch % n == 0 or n % batch == 0), teams)
 
 
@@ -199,6 +203,8 @@ def _decode(
             num_splits = choose_splits(heads * batch, room, keys)
         elif keys <= 2 * MIN_SPLIT:
             num_splits = 1
+        elif batch == 1:  # all the same, but no team has to look for its keys
+            num_splits = choose_teams(heads, 1, room)
     teams = num_splits * batch or choose_teams(heads, batch, room)
     return Work(
         tile, False, tiles, 0, most, num_splits, 0, num_splits != 1, most, tail, teams, tile.block_n, sizes.most
@@ -219,5 +225,4 @@ def _keys(sizes: Sizes) -> int:
 
 def scratch(works: tuple[Work, ...], sizes: Sizes) -> int:
     """Return the floats of partial results: for each split and row, head_dim_v sums and a log-sum-exp per head."""
-    rows = max((work.scratch_rows for work in works), default=0)
-    return rows * sizes.num_heads * (sizes.head_dim_v + 1)
+    return max((work.scratch(sizes) for work in works), default=0)

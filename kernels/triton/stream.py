@@ -3,7 +3,7 @@
 Decode is bound by memory, so a launch should last as long as its bytes take: no wave of programs that is not full, no
 long sequence that others wait for. So a team's keys are a range of those of the whole batch (`teams.py`), and a program
 walks through the sequences in it. It writes the result of a sequence that it has alone; what it has of others are
-partial results, at most two, which `combine.combine_teams` joins (FlashDecoding,
+partial results, at most two, which the last of a sequence's programs joins (`join.py`; FlashDecoding,
 https://crfm.stanford.edu/2023/10/12/flashdecoding.html; equal shares of all work regardless of its shape: Stream-K,
 https://arxiv.org/abs/2301.03598). Nothing of the batch or its lengths is compiled in.
 
@@ -12,6 +12,7 @@ Layouts: as in `paged`. Tiles: `tiles/paged.json` and `tiles/mla.json`, `m16`, `
 
 import triton
 import triton.language as tl
+from vllm_accel.kernels.triton.join import arrive, join_rows
 from vllm_accel.kernels.triton.paged import attend_rows
 from vllm_accel.kernels.triton.pages import add_sink, finish, key_count, query_span, within, zero_rows
 from vllm_accel.kernels.triton.scores import LN2, LOG2E, keys_of_rows
@@ -21,7 +22,7 @@ from vllm_accel.kernels.triton.teams import count_blocks, range_of_team
 @triton.jit(
     do_not_specialize=[
         "left", "right", "tokens", "batch", "max_blocks", "num_blocks", "teams", "per", "most", "tiles", "high_q",
-        "tail",
+        "tail", "stride_tb",
     ]
 )  # fmt: skip
 def stream_attention(
@@ -36,21 +37,20 @@ def stream_attention(
     Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
     ROPE: tl.constexpr, BLOCK_R: tl.constexpr, FOLD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
     BITS: tl.constexpr, Q_BITS: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr,
-    E5M2: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr,
+    E5M2: tl.constexpr, ASM: tl.constexpr, JOIN_S: tl.constexpr, JOIN_R: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of rows over a team's keys, for one key head; the heads of a token lie side by side in memory.
 
     Args, beside those of `paged.paged_attention`:
         part_ptr: fp32 (2 * teams, high_q, num_heads, DV) normalised sums, then as many rows of base-2 log-sum-exps. Row
-            2 * t is of team t's first sequence, if it has the end of it; 2 * t + 1 of its last, if that goes on.
+            2 * t is of team t's first sequence, if it has the end of it; 2 * t + 1 of its last, if that goes on. Then
+            int64 (teams, high_q, num_heads) counters (`join.arrive`). What it holds before does not matter.
         teams, per, most: see `teams.py`; `most` at most what a row of the table can name.
         tiles: of rows of a sequence, of which none that is computed has more than high_q tokens.
         tail: the rows past the last sequence are written too.
         UNIT: keys of a block, a multiple of BLOCK_N.
-        EARLY: what joins the results may begin meanwhile; it waits for them itself.
+        JOIN_S, JOIN_R: of how many teams how many rows are joined at a time.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0)
     kv_head = index % num_kv_heads
     worker = index // num_kv_heads
@@ -61,7 +61,9 @@ def stream_attention(
         team, cu_seqlens, seqused_k, batch, tokens, teams, per, most, high_q, UNIT
     )
     SPAN: tl.constexpr = BLOCK_M // GROUP if BLOCK_M % GROUP == 0 else (BLOCK_M - 1) // GROUP + 2
-    part_lse = part_ptr + 2 * teams.to(tl.int64) * high_q * num_heads * DV
+    slots = teams.to(tl.int64) * high_q * num_heads
+    part_lse = part_ptr + 2 * slots * DV
+    counters = (part_lse + 2 * slots).to(tl.pointer_type(tl.int64), bitcast=True)
     token, len_q = query_span(cu_seqlens, tl.minimum(first, batch), batch, tokens)
     len_k = key_count(seqused_k, first, batch, max_blocks, PAGE)
     for i in range(tl.minimum(last, batch - 1) - first + 1):
@@ -80,7 +82,8 @@ def stream_attention(
             )
             # A length is never negative, but the compiler does not know: it would work all of this out before the loop,
             # and keep it in 50 registers that leave no room for a third program on the multiprocessor.
-            r = tile * BLOCK_M + tl.arange(0, BLOCK_M) + (len_q < 0).to(tl.int32)
+            place = tile * BLOCK_M + (len_q < 0).to(tl.int32)
+            r = place + tl.arange(0, BLOCK_M)
             rows = r // GROUP
             heads = kv_head * GROUP + r % GROUP
             columns = tl.arange(0, BLOCK_DV)
@@ -113,6 +116,15 @@ def stream_attention(
                 at = (slot.to(tl.int64) * high_q + rows) * num_heads + heads
                 tl.store(part_ptr + at[:, None] * DV + columns[None, :], acc, mask=inside)
                 tl.store(part_lse + at, total, mask=live)
+                # The teams that have blocks of this sequence.
+                base, share = team - start // (stop - start), stop - start
+                member, final = base + before // share, base + (before + n - 1) // share
+                if arrive(counters + (member * tiles + tile) * num_kv_heads + kv_head, final - member + 1):
+                    join_rows(
+                        part_ptr, part_lse, sinks, out_ptr, lse_ptr, member, final, token, tokens, kv_head, num_heads,
+                        high_q, place, tl.minimum(place + BLOCK_M, len_q * GROUP),
+                        GROUP, DV, BLOCK_DV, SINKS, JOIN_S, JOIN_R,
+                    )  # fmt: skip
         before += n
         token, len_q, len_k = next_token, next_q, next_k
     if tail > 0:

@@ -36,12 +36,12 @@ class Prepared:
     __slots__ = ("_device", "_dtype", "_launches", "_lse_shape", "_native_e4m3", "_nowhere", "_out_shape", "_scratch")
 
     def __init__(
-        self, launches: list[tuple[Bound, Bound | None, bool]], scratch: int, out: Tensor, lse: Tensor | None,
-        native: bool,
+        self, launches: list[tuple[Bound, Bound | None]], scratch: int, out: Tensor, lse: Tensor | None, native: bool,
+        stream: bool,
     ) -> None:  # fmt: skip
         self._launches, self._scratch, self._native_e4m3 = launches, scratch, native
         # A stream has an address of partial results though it may have none: one kernel for both.
-        self._nowhere = torch.empty(1, dtype=torch.float32, device=out.device) if launches[-1][2] else None
+        self._nowhere = torch.empty(1, dtype=torch.float32, device=out.device) if stream else None
         self._out_shape, self._dtype, self._device = out.shape, out.dtype, out.device
         self._lse_shape = None if lse is None else lse.shape
 
@@ -56,10 +56,10 @@ class Prepared:
         part = torch.empty(self._scratch, dtype=torch.float32, device=device) if self._scratch else self._nowhere
         native = self._native_e4m3
         tensors = paged_launch.attention_tensors(q, k_cache, v_cache, out, lse, part, where, options, native)
-        for attention, combine, teams in self._launches:
+        for attention, combine in self._launches:
             attention(tensors, (softmax_scale, softcap))
             if combine is not None and part is not None:
-                combine(paged_launch.combine_tensors(out, lse, part, where, options[1], teams))
+                combine(paged_launch.combine_tensors(out, lse, part, where, options[1]))
         return out, lse
 
 
@@ -117,10 +117,9 @@ class TritonPaged:
         sizes = paged_launch.sizes_of(q, v_cache, args, mla=self._mla, even=self._one_block)
         works = splits.plan_work(sizes, self._tile_for, self._gpu, self._num_splits)
         scratch = splits.scratch(works, sizes)
-        part = None
-        if scratch or works[-1].teams:
-            part = torch.empty(max(scratch, 1), dtype=torch.float32, device=q.device)
-        launches: list[tuple[Bound, Bound | None, bool]] = []
+        stream = works[-1].teams > 0
+        part = torch.empty(max(scratch, 1), dtype=torch.float32, device=q.device) if scratch or stream else None
+        launches: list[tuple[Bound, Bound | None]] = []
         for work in works:
 
             def make(tile: Tile, work: splits.Work = work) -> Launch:
@@ -130,7 +129,7 @@ class TritonPaged:
                 )  # fmt: skip
 
             joined = None
-            if work.split and part is not None:
+            if work.split and not work.teams and part is not None:
                 joined = Bound(paged_launch.combine_launch(work, out, lse, part, args))
-            launches.append((Bound(made_of=(work.tile, make)), joined, work.teams > 0))
-        return Prepared(launches, scratch, out, lse, self._chip.native_e4m3)
+            launches.append((Bound(made_of=(work.tile, make)), joined))
+        return Prepared(launches, scratch, out, lse, self._chip.native_e4m3, stream)
