@@ -340,7 +340,6 @@ def time_splits(name: str, where: Where | None = None) -> dict[str, Any]:
     room = splits.places(tile, row_bytes, splits.Gpu(where.sm_count))
     ways = {
         "chosen": data.launches(tile),
-        "not joined": data.launches(tile)[:1],
         "one team a sequence": data.launches(tile, 1),
         "busy places": data.launches(tile, teams=max(1, room.busy // kv_heads)),
         "all places": data.launches(tile, teams=max(1, room.all // kv_heads)),

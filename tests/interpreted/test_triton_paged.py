@@ -18,7 +18,7 @@ from vllm_accel.backends.triton_paged import TritonPaged, bind_paged
 from vllm_accel.dispatch.backend import PagedArgs
 from vllm_accel.dispatch.device import preset
 from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
-from vllm_accel.kernels.triton import paged_launch, splits
+from vllm_accel.kernels.triton import join, paged_launch, splits
 from vllm_accel.kernels.triton import teams as teams_module
 from vllm_accel.testing.cases_paged import PAGED_CASES, PagedCase
 from vllm_accel.testing.conformance_paged import check_paged_backend
@@ -208,6 +208,37 @@ def test_teams_of_large_batches() -> None:
         had = blocks_of_teams(lengths, teams)
         most = max(sum(mine.values()) for mine in had)
         assert most == max(2, -(-sum(sum(mine.values()) for mine in had) // teams))
+
+
+@triton.jit
+def _arrive(counters, found, members):
+    """Count one more, of each counter."""
+    i = tl.program_id(0)
+    tl.store(found + i, join.arrive(counters + i, members).to(tl.int32))
+
+
+def test_counters_work_in_memory_that_nobody_cleared() -> None:
+    """The last of each knows that it is the last, and leaves 0, whatever was there."""
+    g = torch.Generator().manual_seed(0)
+    for members in (2, 3, 7):
+        for held in (
+            torch.zeros(9),
+            torch.full((9,), float("nan")),
+            torch.randn(9, generator=g),
+            torch.full((9,), -1.0),
+        ):
+            counters = held.double().view(torch.int64).clone()
+            counters[:3] = torch.tensor([5, -1, join.COUNTER.value ^ (1 << 40)])
+            for n in range(1, 2 * members + 1):
+                found = torch.full((9,), -1, dtype=torch.int32)
+                _arrive[(9,)](counters, found, members)
+                assert found.tolist() == [int(n % members == 0)] * 9
+                assert (counters == 0).all() or n % members
+    halves = (
+        torch.tensor([join.COUNTER.value]).view(torch.bfloat16)[1:],
+        torch.tensor([join.COUNTER.value]).view(torch.half)[1:],
+    )
+    assert all(h.isnan().all() for h in halves)  # as no numbers of a tensor are
 
 
 @pytest.mark.parametrize("options", [{}, {"window_size": (900, 0)}, {"sinks": torch.tensor([0.5, -1.0])}], ids=str)
