@@ -307,7 +307,7 @@ def test_every_row_is_computed_once(lengths: list[int], batch_invariant: bool) -
             if work.search:
                 regions = sum(-(-(n * group) // work.tile.block_m) for n in [*lengths, 3])
                 assert work.tiles >= regions
-        # Sums and a log-sum-exp of each row, for a stream in two slots of each team, and one counter of 64 bits for both.
+        # Sums and a log-sum-exp of each row; of a stream in two slots a team, with one counter of 64 bits for both.
         needed = max(((2 * w.teams * 66 or w.num_splits * 65) * w.part_rows for w in works if w.split), default=0)
         assert splits.scratch(works, sizes) == needed * sizes.num_heads
         if batch_invariant and max(lengths) >= 5:

@@ -1,8 +1,8 @@
 """Join partial results in the kernel that makes them: whoever comes last, and nobody waits.
 
-Another launch to join them takes 4 us on an H200 where there is nothing to join, and 6 to 10 where there is, which is what
-a decode of a few sequences takes in all. So every team counts itself when its part of a sequence is written, and the one
-that finds all others counted joins them (as Stream-K's fix-up, https://arxiv.org/abs/2301.03598, but without waiting).
+Another launch to join them takes 4 us on an H200 where there is nothing to join, and 6 to 10 where there is; decodes of
+few keys take 20 in all. So every team counts itself when its part of a sequence is written, and the one that finds all
+others counted joins them (as Stream-K's fix-up, https://arxiv.org/abs/2301.03598, but without waiting).
 
 Nobody clears the counters: that would be a launch as well. A counter is 64 bits, of which 48 say that it is one: four
 float16 or bfloat16 of which three are NaN with bits that no arithmetic makes, so that memory that held something else

@@ -219,26 +219,18 @@ def _arrive(counters, found, members):
 
 def test_counters_work_in_memory_that_nobody_cleared() -> None:
     """The last of each knows that it is the last, and leaves 0, whatever was there."""
-    g = torch.Generator().manual_seed(0)
+    g, mark = torch.Generator().manual_seed(0), join.COUNTER.value
+    held = [0, 5, -1, mark ^ (1 << 40), *torch.randint(-(2**62), 2**62, (5,), generator=g).tolist()]
+    held += torch.tensor([float("nan"), float("inf"), -1.0]).double().view(torch.int64).tolist()
     for members in (2, 3, 7):
-        for held in (
-            torch.zeros(9),
-            torch.full((9,), float("nan")),
-            torch.randn(9, generator=g),
-            torch.full((9,), -1.0),
-        ):
-            counters = held.double().view(torch.int64).clone()
-            counters[:3] = torch.tensor([5, -1, join.COUNTER.value ^ (1 << 40)])
-            for n in range(1, 2 * members + 1):
-                found = torch.full((9,), -1, dtype=torch.int32)
-                _arrive[(9,)](counters, found, members)
-                assert found.tolist() == [int(n % members == 0)] * 9
-                assert (counters == 0).all() or n % members
-    halves = (
-        torch.tensor([join.COUNTER.value]).view(torch.bfloat16)[1:],
-        torch.tensor([join.COUNTER.value]).view(torch.half)[1:],
-    )
-    assert all(h.isnan().all() for h in halves)  # as no numbers of a tensor are
+        counters = torch.tensor(held)
+        for n in range(1, 2 * members + 1):
+            found = torch.full_like(counters, -1, dtype=torch.int32)
+            _arrive[(len(held),)](counters, found, members)
+            assert found.tolist() == [int(n % members == 0)] * len(held)
+            assert (counters == 0).all() or n % members
+    for dtype in (torch.bfloat16, torch.float16):  # no numbers of a tensor are these three
+        assert torch.tensor([mark]).view(dtype)[1:].isnan().all()
 
 
 @pytest.mark.parametrize("options", [{}, {"window_size": (900, 0)}, {"sinks": torch.tensor([0.5, -1.0])}], ids=str)
