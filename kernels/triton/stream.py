@@ -12,7 +12,7 @@ Layouts: as in `paged`. Tiles: `tiles/paged.json` and `tiles/mla.json`, `m16`, `
 
 import triton
 import triton.language as tl
-from vllm_accel.kernels.triton.join import arrive, join_rows
+from vllm_accel.kernels.triton.join import join_sequence, prepare
 from vllm_accel.kernels.triton.paged import attend_rows
 from vllm_accel.kernels.triton.pages import add_sink, finish, key_count, query_span, within, zero_rows
 from vllm_accel.kernels.triton.scores import LN2, LOG2E, keys_of_rows
@@ -57,15 +57,24 @@ def stream_attention(
     tile = worker % tiles
     team = worker // tiles
     num_heads = num_kv_heads * GROUP
-    start, stop, first, before, last, _ = range_of_team(
+    start, stop, first, before, last, before_last = range_of_team(
         team, cu_seqlens, seqused_k, batch, tokens, teams, per, most, high_q, UNIT
     )
     SPAN: tl.constexpr = BLOCK_M // GROUP if BLOCK_M % GROUP == 0 else (BLOCK_M - 1) // GROUP + 2
     slots = teams.to(tl.int64) * high_q * num_heads
     part_lse = part_ptr + 2 * slots * DV
-    counters = (part_lse + 2 * slots).to(tl.pointer_type(tl.int64), bitcast=True)
+    # The counters of the two sequences that may have to be joined: the place of the first team that has blocks of it.
+    share = stop - start
+    place, place_last = team - start // share + before // share, team - start // share + before_last // share
+    counters = (part_lse + 2 * slots).to(tl.pointer_type(tl.int64), bitcast=True) + tile * num_kv_heads + kv_head
+    counter = counters + tl.minimum(place, teams - 1) * (tiles * num_kv_heads)
+    counter_last = counters + tl.minimum(place_last, teams - 1) * (tiles * num_kv_heads)
+    if per != 1:
+        prepare(counter)
+        prepare(counter_last)
     token, len_q = query_span(cu_seqlens, tl.minimum(first, batch), batch, tokens)
     len_k = key_count(seqused_k, first, batch, max_blocks, PAGE)
+    sequence_before = before
     for i in range(tl.minimum(last, batch - 1) - first + 1):
         sequence = first + i
         # Of the next sequence, so that nothing waits for it then.
@@ -82,8 +91,7 @@ def stream_attention(
             )
             # A length is never negative, but the compiler does not know: it would work all of this out before the loop,
             # and keep it in 50 registers that leave no room for a third program on the multiprocessor.
-            place = tile * BLOCK_M + (len_q < 0).to(tl.int32)
-            r = place + tl.arange(0, BLOCK_M)
+            r = tile * BLOCK_M + tl.arange(0, BLOCK_M) + (len_q < 0).to(tl.int32)
             rows = r // GROUP
             heads = kv_head * GROUP + r % GROUP
             columns = tl.arange(0, BLOCK_DV)
@@ -116,17 +124,20 @@ def stream_attention(
                 at = (slot.to(tl.int64) * high_q + rows) * num_heads + heads
                 tl.store(part_ptr + at[:, None] * DV + columns[None, :], acc, mask=inside)
                 tl.store(part_lse + at, total, mask=live)
-                # The teams that have blocks of this sequence.
-                base, share = team - start // (stop - start), stop - start
-                member, final = base + before // share, base + (before + n - 1) // share
-                if arrive(counters + (member * tiles + tile) * num_kv_heads + kv_head, final - member + 1):
-                    join_rows(
-                        part_ptr, part_lse, sinks, out_ptr, lse_ptr, member, final, token, tokens, kv_head, num_heads,
-                        high_q, place, tl.minimum(place + BLOCK_M, len_q * GROUP),
-                        GROUP, DV, BLOCK_DV, SINKS, JOIN_S, JOIN_R,
-                    )  # fmt: skip
         before += n
         token, len_q, len_k = next_token, next_q, next_k
+    if per != 1:
+        join_sequence(
+            first, sequence_before, start, stop, place, counter, part_ptr, part_lse, cu_seqlens, seqused_k, sinks,
+            out_ptr, lse_ptr, batch, tokens, most, high_q, kv_head, num_heads, tile,
+            GROUP, DV, BLOCK_DV, BLOCK_M, UNIT, SINKS, JOIN_S, JOIN_R,
+        )  # fmt: skip
+        if last != first:
+            join_sequence(
+                last, before_last, start, stop, place_last, counter_last, part_ptr, part_lse, cu_seqlens, seqused_k,
+                sinks, out_ptr, lse_ptr, batch, tokens, most, high_q, kv_head, num_heads, tile,
+                GROUP, DV, BLOCK_DV, BLOCK_M, UNIT, SINKS, JOIN_S, JOIN_R,
+            )  # fmt: skip
     if tail > 0:
         past = tl.minimum(tl.maximum(tl.load(cu_seqlens + batch), 0), tokens)
         zero_rows(out_ptr, lse_ptr, worker, teams * tiles, past, tokens, num_heads, kv_head, GROUP, DV, BLOCK_DV)

@@ -214,13 +214,14 @@ def test_teams_of_large_batches() -> None:
 def _arrive(counters, found, members):
     """Count one more, of each counter."""
     i = tl.program_id(0)
+    join.prepare(counters + i)
     tl.store(found + i, join.arrive(counters + i, members).to(tl.int32))
 
 
 def test_counters_work_in_memory_that_nobody_cleared() -> None:
-    """The last of each knows that it is the last, and leaves 0, whatever was there."""
-    g, mark = torch.Generator().manual_seed(0), join.COUNTER.value
-    held = [0, 5, -1, mark ^ (1 << 40), *torch.randint(-(2**62), 2**62, (5,), generator=g).tolist()]
+    """The last of each knows that it is the last, and leaves a counter of nobody, whatever was there."""
+    g, mark = torch.Generator().manual_seed(0), join.NOBODY.value
+    held = [0, 5, -1, mark ^ (1 << 40), mark - 1, 2**63 - 1, -(2**63), *torch.randint(-(2**62), 2**62, (5,), generator=g).tolist()]
     held += torch.tensor([float("nan"), float("inf"), -1.0]).double().view(torch.int64).tolist()
     for members in (2, 3, 7):
         counters = torch.tensor(held)
@@ -228,7 +229,7 @@ def test_counters_work_in_memory_that_nobody_cleared() -> None:
             found = torch.full_like(counters, -1, dtype=torch.int32)
             _arrive[(len(held),)](counters, found, members)
             assert found.tolist() == [int(n % members == 0)] * len(held)
-            assert (counters == 0).all() or n % members
+            assert (counters == mark + n % members).all()
     for dtype in (torch.bfloat16, torch.float16):  # no numbers of a tensor are these three
         assert torch.tensor([mark]).view(dtype)[1:].isnan().all()
 
