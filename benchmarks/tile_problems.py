@@ -280,11 +280,16 @@ def paged_data(
         tile: Tile, num_splits: int = 0, chip: paged_launch.Chip = chip, teams: int = 0
     ) -> tuple[Launch, ...]:  # fmt: skip
         sizes = paged_launch.sizes_of(q, v, args, mla=mla, even=dense)
-        works = splits.plan_work(sizes, lambda rows: tile, splits.Gpu(where.sm_count), num_splits)
+        works = splits.plan_work(sizes, lambda rows, many: tile, splits.Gpu(where.sm_count), num_splits)
         if teams:
-            works = tuple(work._replace(teams=teams, num_splits=0, split=True) for work in works)
+            works = tuple(
+                work._replace(
+                    teams=teams, num_splits=0, split=True, part_rows=work.high_q, unit=tile.block_n, most=sizes.most
+                )
+                for work in works
+            )
         room = splits.scratch(works, sizes)
-        part = torch.empty(max(room, 1), device=where.device) if room or works[-1].teams else None
+        part = torch.empty(max(room, 1), device=where.device) if room or works[-1].grows else None
         made = []
         for work in works:
             kind = {"chip": chip, "mla": mla, "one_block": dense}

@@ -62,7 +62,7 @@ def launch_of(
     sizes = paged_launch.sizes_of(q, v, args, mla=mla)
     (work,) = splits.plan_work(
         sizes,
-        lambda rows: paged_launch.choose_tile(arch, rows, head_dim, head_dim_v, dtype, kv_dtype, mla),
+        lambda rows, many: paged_launch.choose_tile(arch, rows, head_dim, head_dim_v, dtype, kv_dtype, mla, many),
         H200,
     )
     out, lse = meta(tokens, heads, head_dim_v), meta(heads, tokens, of=floats)
@@ -132,7 +132,7 @@ def test_dense_decode_fits(arch: str) -> None:
     args = PagedArgs(*ints, *(None,) * 5, 1, 4097, 0.1, True, (-1, -1), 0.0, True, False, False)
     sizes = paged_launch.sizes_of(q, k, args, even=True)
     (work,) = splits.plan_work(
-        sizes, lambda rows: paged_launch.choose_tile(arch, rows, 128, 128, BF16, BF16, False), H200
+        sizes, lambda rows, many: paged_launch.choose_tile(arch, rows, 128, 128, BF16, BF16, False, many), H200
     )
     out, lse = torch.empty_like(q), torch.empty(32, 32, device="meta")
     part = torch.empty(splits.scratch((work,), sizes), device="meta")
@@ -251,21 +251,21 @@ def test_a_decode_has_as_many_teams_as_keep_the_memory_busy() -> None:
 
     def planned(batch: int, keys: int = 4096, **options: Any) -> Work:
         sizes = Sizes(batch, batch, 32, 8, 128, 1, keys, 0, False, False)._replace(**options)
-        (work,) = splits.plan_work(sizes, lambda rows: Tile(16, 64, 4, 3), H200)
+        (work,) = splits.plan_work(sizes, lambda rows, many: Tile(16, 64, 4, 3), H200)
         return work
 
     for batch, teams in ((7, 33), (16, 32), (32, 32), (33, 33), (64, 32), (256, 33), (5000, 33)):
         work = planned(batch)
         assert (work.teams, work.num_splits, work.split, work.unit) == (teams, 0, True, 64)
         assert work.parts(batch) == teams
-    # Sequences that are not worth cutting, and long ones that fill the GPU, have a team each, and nothing is joined.
-    short, even = planned(3, keys=512), planned(400, even=True)
+    # Sequences that are not worth cutting have a team each, and nothing is joined.
+    short = planned(3, keys=512)
     assert (short.teams, short.num_splits, short.split) == (3, 1, False)
-    assert (even.teams, even.num_splits, even.split) == (400, 1, False)
-    # Each sequence has as many of its own where that comes to the same.
-    halved, alone = planned(16, keys=16384, even=True), planned(1)
-    assert (halved.teams, halved.num_splits, halved.split) == (32, 2, True)
-    assert (alone.teams, alone.num_splits, alone.split) == (33, 33, True)
+    # Equal lengths, and one sequence, are cut into equal parts, which another launch joins if there are some.
+    for even, splits_of in ((planned(400, even=True), 1), (planned(16, keys=16384, even=True), 2)):
+        assert (even.teams, even.num_splits, even.split, even.grows) == (0, splits_of, splits_of > 1, True)
+    alone = planned(1, keys=32768)
+    assert alone.teams == 0 and alone.num_splits > 16
 
 
 def test_known_numbers_of_teams() -> None:
@@ -293,7 +293,7 @@ def test_every_row_is_computed_once(lengths: list[int], batch_invariant: bool) -
     for group, max_k, sinks in itertools.product((1, 3, 128), (1, 700, 100000), (False, True)):
         sizes = Sizes(sum(lengths) + 3, len(lengths), 2 * group, 2, 64, max(lengths), max_k, 0, batch_invariant, sinks)
 
-        def tile(rows: int) -> Tile:
+        def tile(rows: int, many: bool) -> Tile:
             return Tile(16 if rows <= 16 else 32 if rows <= 32 else 64, 32, 4, 2)
 
         works = splits.plan_work(sizes, tile, H200)
@@ -302,7 +302,6 @@ def test_every_row_is_computed_once(lengths: list[int], batch_invariant: bool) -
         assert sum(work.tail for work in works) == 1
         for work in works:
             assert work.split or work.num_splits == 1
-            assert work.teams or work.search or work.fixed
             assert work.num_splits * max(work.fixed, 1) >= max_k or not work.fixed
             if work.search:
                 regions = sum(-(-(n * group) // work.tile.block_m) for n in [*lengths, 3])
@@ -321,38 +320,41 @@ def test_scratch_is_bounded_by_the_device() -> None:
     """Splits multiply the rows of few tiles only: never more than about what the device runs at a time."""
     for tokens, batch in ((100000, 1), (3000, 3), (64, 1), (16, 16), (4096, 4096)):
         sizes = Sizes(tokens, batch, 32, 8, 128, max(1, tokens // batch), 131072, 0, False, False)
-        works = splits.plan_work(sizes, lambda rows: Tile(16 if rows <= 16 else 64, 32, 4, 2), H200)
+        works = splits.plan_work(sizes, lambda rows, many: Tile(16 if rows <= 16 else 64, 32, 4, 2), H200)
         assert splits.scratch(works, sizes) <= 2 * 4 * 2 * 4 * 132 * 64 * 129
 
 
 def test_nothing_of_a_batch_is_compiled_in() -> None:
-    """Long, short, one, many, shared out or not: a decode that goes on never compiles another kernel."""
+    """Long, short, few, many, shared out or not: a decode that goes on never compiles another kernel."""
     kinds = set()
-    for batch, keys in ((1, 100), (1, 40000), (32, 4096), (33, 300), (5000, 2000)):
+    for batch, keys in ((1, 100), (1, 40000), (2, 100), (32, 4096), (33, 300), (5000, 2000)):
         q, k = (torch.empty(s, device="meta", dtype=BF16) for s in ((batch, 32, 128), (64, 16, 8, 128)))
         ints = [
             torch.empty(n, device="meta", dtype=torch.int32) for n in ((batch + 1,), (batch, -(-keys // 16)), (batch,))
         ]
         args = PagedArgs(*ints, *(None,) * 5, 1, keys, 0.1, True, (-1, -1), 0.0, True, False, False)
         sizes = paged_launch.sizes_of(q, k, args)
-        (work,) = splits.plan_work(sizes, lambda rows: Tile(16, 64, 4, 3), H200)
+        (work,) = splits.plan_work(sizes, lambda rows, many: Tile(16, 64, 4, 3), H200)
         out, lse = torch.empty_like(q), torch.empty(32, batch, device="meta")
         part = torch.empty(max(1, splits.scratch((work,), sizes)), device="meta")
-        launch = paged_launch.attention_launch(
-            work, q, k, k, out, lse, part, args, chip=paged_launch.Chip(), mla=False
-        )  # fmt: skip
-        named = dict(zip(launch.fn.arg_names, launch.args, strict=False))
-        free = {p.name for p in launch.fn.params if p.do_not_specialize}
-        compiled = {n: v if isinstance(v, int) else type(v) for n, v in named.items() if n not in free}
-        kinds.add((launch.fn.__name__, *compiled.items(), *launch.constexprs.items()))
-    assert len(kinds) == 1
+        made = [
+            paged_launch.attention_launch(work, q, k, k, out, lse, part, args, chip=paged_launch.Chip(), mla=False)
+        ]  # fmt: skip
+        if work.split and not work.teams:
+            made.append(paged_launch.combine_launch(work, out, lse, part, args))
+        for launch in made:
+            named = dict(zip(launch.fn.arg_names, launch.args, strict=False))
+            free = {p.name for p in launch.fn.params if p.do_not_specialize}
+            compiled = {n: v if isinstance(v, int) else type(v) for n, v in named.items() if n not in free}
+            kinds.add((launch.fn.__name__, *compiled.items(), *launch.constexprs.items()))
+    assert sorted(kind[0] for kind in kinds) == ["combine_splits", "paged_attention", "stream_attention"]
 
 
 def test_another_tile_computes_the_same_rows() -> None:
     for tokens, batch, longest in ((12, 3, 4), (3000, 3, 1000)):
         sizes = Sizes(tokens, batch, 32, 4, 128, longest, 4096, 0, False, False)
         for rows in (16, 64):
-            for work in splits.plan_work(sizes, lambda _, rows=rows: Tile(rows, 32, 4, 2), H200):
+            for work in splits.plan_work(sizes, lambda _, many, rows=rows: Tile(rows, 32, 4, 2), H200):
                 small = splits.with_tile(work, Tile(16, 16, 4, 1), sizes)
                 assert splits.with_tile(small, work.tile, sizes) == work
                 assert rows_computed(small, sizes, longest) == rows_computed(work, sizes, longest)

@@ -191,7 +191,7 @@ def attend_rows(
 @triton.jit(
     do_not_specialize=[
         "left", "right", "tokens", "batch", "max_blocks", "num_blocks", "num_splits", "tiles",
-        "low_q", "high_q", "part_rows",
+        "low_q", "high_q", "part_rows", "stride_tb",
     ]
 )  # fmt: skip
 def paged_attention(
@@ -265,12 +265,15 @@ def paged_attention(
     low, inner, outer, high = keys_of_rows(
         tile * BLOCK_M // GROUP, len_q, len_k, left, right, SPAN, BLOCK_N, LEFT, RIGHT
     )
+    # A decode is split or not without another kernel being compiled; what it has alone it writes at once.
+    GROWS: tl.constexpr = SPLIT and not SEARCH and FIXED == 0
+    alone = num_splits == 1 if GROWS else not SPLIT
     if SPLIT:
         begin, end = split_range(low, high, split, num_splits, FIXED, BLOCK_N)
         row = rows + (first if SEARCH else sequence * high_q)
         part = (split.to(tl.int64) * part_rows + row) * num_heads + heads
         part_lse = part_ptr + num_splits.to(tl.int64) * part_rows * num_heads * DV
-        if begin >= end:
+        if (begin >= end) & (not alone):
             tl.store(part_lse + part, float("-inf"), mask=live)
             return
     else:
@@ -284,19 +287,19 @@ def paged_attention(
         Q_DESCALE, K_DESCALE, V_DESCALE, ROPE, BLOCK_R, FOLD, PRECISE, PRECISION, BITS, Q_BITS, NORM, DTYPE, PAIRS,
         E5M2, ASM,
     )  # fmt: skip
-    if SINKS and not SPLIT:
-        sink = tl.load(sinks + heads, mask=live, other=float("-inf")).to(tl.float32) * LOG2E
+    if SINKS and (GROWS or not SPLIT):
+        sink = tl.load(sinks + heads, mask=live & alone, other=float("-inf")).to(tl.float32) * LOG2E
         rescale, m, l = add_sink(m, l, sink)
         acc *= rescale[:, None]
     acc, total = finish(acc, m, l)
     columns_v = tl.arange(0, BLOCK_DV)
     inside = within(live, columns_v, DV, BLOCK_DV)
     if SPLIT:
-        tl.store(part_ptr + part[:, None] * DV + columns_v[None, :], acc, mask=inside)
-        tl.store(part_lse + part, total, mask=live)
-    else:
+        tl.store(part_ptr + part[:, None] * DV + columns_v[None, :], acc, mask=inside & (not alone))
+        tl.store(part_lse + part, total, mask=live & (not alone))
+    if GROWS or not SPLIT:
         at = (first + rows).to(tl.int64) * num_heads + heads
         value = acc.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at[:, None] * DV + columns_v[None, :], value, mask=inside)
+        tl.store(out_ptr + at[:, None] * DV + columns_v[None, :], value, mask=inside & alone)
         if lse_ptr is not None:
-            tl.store(lse_ptr + heads.to(tl.int64) * tokens + (first + rows), total * LN2, mask=live)
+            tl.store(lse_ptr + heads.to(tl.int64) * tokens + (first + rows), total * LN2, mask=live & alone)

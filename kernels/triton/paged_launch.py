@@ -23,9 +23,9 @@ _FP8 = (_E4M3, torch.float8_e5m2)
 _PRODUCTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 #: Splits that `combine_splits` joins at a time where bits may not depend on how many there are, and at least.
 _JOINED = 8
-#: Floats of those at most, 64 for each of 128 threads. A row of a batch of one has 64 splits, and eight steps that wait
+#: Floats of those at most, 32 for each of 128 threads. A row of a batch of one has 64 splits, and eight steps that wait
 #: for memory one after the other were most of its time (40 us on an H200 for 67 MB of keys, 2026-11-27).
-_JOINED_FLOATS = 8192
+_JOINED_FLOATS = 4096
 #: Floats of partial results that a program of a stream joins at a time: 64 for each of 128 threads, of four rows.
 _STREAM_FLOATS, _STREAM_ROWS = 8192, 4
 
@@ -87,13 +87,19 @@ def padded(head_dim: int) -> int:
 
 
 def choose_tile(
-    arch: str, rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, kv_dtype: torch.dtype, mla: bool
+    arch: str, rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, kv_dtype: torch.dtype, mla: bool,
+    many: bool = False,
 ) -> Tile:  # fmt: skip
-    """Return the tile for so many rows of a sequence and key head (query tokens times heads that share it)."""
+    """Return the tile for so many rows of a sequence and key head (query tokens times heads that share it).
+
+    many: there are more programs than the usual tile leaves places for at a time: a smaller one leaves more, so that
+    whoever is done makes room for others.
+    """
     height = "m16" if rows <= 16 else "m32" if rows <= 32 else "m64" if rows <= 64 else "prefill"
     size = f"d{max(64, padded(head_dim_v if mla else max(head_dim, head_dim_v)))}"
     kind = "_fp32" if dtype is torch.float32 else "_8bit" if kv_dtype.itemsize == 1 else ""
-    return lookup("mla" if mla else "paged", arch, [f"{height}_{size}{kind}"])
+    name = f"{height}_{size}{kind}"
+    return lookup("mla" if mla else "paged", arch, [f"{name}_many", name] if many else [name])
 
 
 def sizes_of(q: Tensor, v_cache: Tensor, args: PagedArgs, *, mla: bool = False, even: bool = False) -> Sizes:
@@ -120,7 +126,7 @@ def attention_launch(
     Args:
         q, k_cache, v_cache: innermost stride 1, other strides free. With `mla` v_cache is a view of k_cache.
         out: (Tq, H, Dv), contiguous. lse: fp32 (H, Tq), contiguous, or None.
-        part: fp32, as many as `splits.scratch` says, and where that is 0 for a stream any; else None.
+        part: fp32, as many as `splits.scratch` says, at least one where a work `grows`; else None.
         chip: what it can do.
         tf32: products of fp32 inputs may round to TF32.
         one_block: no sequence has more than one block, so that its size need not be compiled in.
@@ -160,7 +166,7 @@ def attention_launch(
         constexprs |= {"UNIT": work.unit, "JOIN_S": together, "JOIN_R": _STREAM_ROWS}
         cut: tuple[int, ...] = (work.teams, work.num_splits, work.most, work.tiles, work.high_q, int(work.tail))
     else:
-        constexprs |= {"SEARCH": work.search, "SPLIT": work.split, "FIXED": work.fixed}
+        constexprs |= {"SEARCH": work.search, "SPLIT": work.split or work.grows, "FIXED": work.fixed}
         constexprs |= {"PEEL": work.search and not work.split}
         cut = (work.num_splits, work.tiles, work.low_q, work.high_q, work.part_rows)
     return Launch(
@@ -192,9 +198,8 @@ def attention_tensors(
 def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs) -> Launch:
     """Return the launch that joins the splits of `attention_launch`."""
     tokens, heads, head_dim_v = out.shape
-    batch, width, together = args.seqused_k.shape[0], padded(head_dim_v), _JOINED
-    if not work.fixed:
-        together = max(_JOINED, min(1 << (work.num_splits - 1).bit_length(), _JOINED_FLOATS // width))
+    batch, width = args.seqused_k.shape[0], padded(head_dim_v)
+    together = _JOINED if work.fixed else max(_JOINED, _JOINED_FLOATS // width)
     return Launch(
         fn=combine_splits,
         grid=(tokens if work.search else batch * work.high_q, heads, 1),

@@ -95,6 +95,11 @@ class Work(NamedTuple):
             return self.num_splits
         return self.teams or self.num_splits * batch + self.tail
 
+    @property
+    def grows(self) -> bool:
+        """Whether its kernel is the same with partial results and without: it is given some memory in any case."""
+        return not (self.search or self.fixed)
+
     def scratch(self, sizes: Sizes) -> int:
         """Return the floats of its partial results, and of a stream's counters, two for each row of a team."""
         if not self.split:
@@ -156,17 +161,18 @@ def choose_teams(heads: int, batch: int, room: Places) -> int:
     return next((n for n in near if batch % n == 0 or n % batch == 0), teams)
 
 
-def plan_work(sizes: Sizes, tile_for: Callable[[int], Tile], gpu: Gpu, num_splits: int = 0) -> tuple[Work, ...]:
+def plan_work(sizes: Sizes, tile_for: Callable[[int, bool], Tile], gpu: Gpu, num_splits: int = 0) -> tuple[Work, ...]:
     """Return the launches of a call.
 
     Args:
-        tile_for: the tile for so many rows of a sequence and key head (query tokens times heads of a group).
+        tile_for: the tile for so many rows of a sequence and key head (query tokens times heads of a group), and where
+            there are more programs than the first one leaves places for.
         num_splits: forced for the launches that may split; 0 chooses.
     """
     group = sizes.num_heads // sizes.num_kv_heads
     if sizes.max_seqlen_q <= DECODE_TOKENS:
         return (_decode(sizes, group, tile_for, gpu, num_splits, tail=True),)
-    tile = tile_for(UNLIMITED)
+    tile = tile_for(UNLIMITED, False)
     tiles = sizes.tokens * group // tile.block_m + sizes.batch + 1
     # Regions, of which about one a sequence is empty (`pages.find_sequence`).
     blocks = -(-sizes.tokens * group // tile.block_m) * sizes.num_kv_heads
@@ -185,30 +191,30 @@ def plan_work(sizes: Sizes, tile_for: Callable[[int], Tile], gpu: Gpu, num_split
 
 
 def _decode(
-    sizes: Sizes, group: int, tile_for: Callable[[int], Tile], gpu: Gpu, num_splits: int, tail: bool
+    sizes: Sizes, group: int, tile_for: Callable[[int, bool], Tile], gpu: Gpu, num_splits: int, tail: bool
 ) -> Work:  # fmt: skip
     """Return the launch for sequences of at most DECODE_TOKENS query tokens."""
     most, batch = min(sizes.max_seqlen_q, DECODE_TOKENS), sizes.batch
     # The tile must not depend on the batch's longest query where a sequence's bits may not.
-    tile = tile_for(1 if sizes.batch_invariant else most * group)
+    rows = 1 if sizes.batch_invariant else most * group
+    tile = tile_for(rows, False)
     tiles = -(-most * group // tile.block_m)
     if sizes.batch_invariant:
         num_splits = max(1, -(-sizes.max_seqlen_k // INVARIANT_SPLIT))
         # A sink is added where splits are joined, or with one split in the kernel: equal numbers, but not equal bits.
         split = num_splits > 1 or sizes.sinks
         return Work(tile, False, tiles, 0, most, num_splits, INVARIANT_SPLIT, split, batch * most, tail)
-    heads, room, keys = tiles * sizes.num_kv_heads, places(tile, sizes.row_bytes, gpu), _keys(sizes)
-    if not num_splits:
-        if sizes.even:
-            num_splits = choose_splits(heads * batch, room, keys)
-        elif keys <= 2 * MIN_SPLIT:
-            num_splits = 1
-        elif batch == 1:  # all the same, but no team has to look for its keys
-            num_splits = choose_teams(heads, 1, room)
-    teams = num_splits * batch or choose_teams(heads, batch, room)
-    return Work(
-        tile, False, tiles, 0, most, num_splits, 0, num_splits != 1, most, tail, teams, tile.block_n, sizes.most
-    )  # fmt: skip
+    heads, room = tiles * sizes.num_kv_heads, places(tile, sizes.row_bytes, gpu)
+    if sizes.even or batch == 1:
+        if heads * batch > room.all:
+            tile = tile_for(rows, True)
+            tiles, room = -(-most * group // tile.block_m), places(tile, sizes.row_bytes, gpu)
+        num_splits = num_splits or choose_splits(tiles * sizes.num_kv_heads * batch, room, _keys(sizes))
+        return Work(tile, False, tiles, 0, most, num_splits, 0, num_splits > 1, batch * most, tail)
+    # Sequences that are not worth cutting have a team each.
+    per = num_splits or int(_keys(sizes) <= 2 * MIN_SPLIT)
+    teams = per * batch or choose_teams(heads, batch, room)
+    return Work(tile, False, tiles, 0, most, per, 0, per != 1, most, tail, teams, tile.block_n, sizes.most)
 
 
 def with_tile(work: Work, tile: Tile, sizes: Sizes) -> Work:

@@ -221,7 +221,16 @@ def _arrive(counters, found, members):
 def test_counters_work_in_memory_that_nobody_cleared() -> None:
     """The last of each knows that it is the last, and leaves a counter of nobody, whatever was there."""
     g, mark = torch.Generator().manual_seed(0), join.NOBODY.value
-    held = [0, 5, -1, mark ^ (1 << 40), mark - 1, 2**63 - 1, -(2**63), *torch.randint(-(2**62), 2**62, (5,), generator=g).tolist()]
+    held = [
+        0,
+        5,
+        -1,
+        mark ^ (1 << 40),
+        mark - 1,
+        2**63 - 1,
+        -(2**63),
+        *torch.randint(-(2**62), 2**62, (5,), generator=g).tolist(),
+    ]
     held += torch.tensor([float("nan"), float("inf"), -1.0]).double().view(torch.int64).tolist()
     for members in (2, 3, 7):
         counters = torch.tensor(held)

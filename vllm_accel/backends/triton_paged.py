@@ -37,11 +37,11 @@ class Prepared:
 
     def __init__(
         self, launches: list[tuple[Bound, Bound | None]], scratch: int, out: Tensor, lse: Tensor | None, native: bool,
-        stream: bool,
+        grows: bool,
     ) -> None:  # fmt: skip
         self._launches, self._scratch, self._native_e4m3 = launches, scratch, native
-        # A stream has an address of partial results though it may have none: one kernel for both.
-        self._nowhere = torch.empty(1, dtype=torch.float32, device=out.device) if stream else None
+        # Kernels are the same whether there are partial results or not: they have an address in any case.
+        self._nowhere = torch.empty(1, dtype=torch.float32, device=out.device) if grows else None
         self._out_shape, self._dtype, self._device = out.shape, out.dtype, out.device
         self._lse_shape = None if lse is None else lse.shape
 
@@ -78,10 +78,10 @@ class TritonPaged:
         self._out_dtype = torch.bfloat16 if spec.dtype.itemsize == 1 else spec.dtype
         kind = (spec.head_dim, spec.head_dim_v, spec.dtype, spec.kv_dtype, self._mla)
 
-        def tile_for(rows: int) -> Tile:
-            return paged_launch.choose_tile(device.arch, rows, *kind)
+        def tile_for(rows: int, many: bool) -> Tile:
+            return paged_launch.choose_tile(device.arch, rows, *kind, many)
 
-        self._tile_for: Callable[[int], Tile] = tile_for
+        self._tile_for: Callable[[int, bool], Tile] = tile_for
         self._prepared: dict[Any, Prepared] = {}
 
     def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, args: PagedArgs) -> tuple[Tensor, Tensor | None]:
@@ -117,8 +117,8 @@ class TritonPaged:
         sizes = paged_launch.sizes_of(q, v_cache, args, mla=self._mla, even=self._one_block)
         works = splits.plan_work(sizes, self._tile_for, self._gpu, self._num_splits)
         scratch = splits.scratch(works, sizes)
-        stream = works[-1].teams > 0
-        part = torch.empty(max(scratch, 1), dtype=torch.float32, device=q.device) if scratch or stream else None
+        grows = works[-1].grows
+        part = torch.empty(max(scratch, 1), dtype=torch.float32, device=q.device) if scratch or grows else None
         launches: list[tuple[Bound, Bound | None]] = []
         for work in works:
 
@@ -132,4 +132,4 @@ class TritonPaged:
             if work.split and not work.teams and part is not None:
                 joined = Bound(paged_launch.combine_launch(work, out, lse, part, args))
             launches.append((Bound(made_of=(work.tile, make)), joined))
-        return Prepared(launches, scratch, out, lse, self._chip.native_e4m3, stream)
+        return Prepared(launches, scratch, out, lse, self._chip.native_e4m3, grows)
