@@ -280,7 +280,7 @@ def paged_data(
         tile: Tile, num_splits: int = 0, chip: paged_launch.Chip = chip, teams: int = 0
     ) -> tuple[Launch, ...]:  # fmt: skip
         sizes = paged_launch.sizes_of(q, v, args, mla=mla, even=dense)
-        works = splits.plan_work(sizes, lambda rows, many: tile, splits.Gpu(where.sm_count), num_splits)
+        works = splits.plan_work(sizes, lambda rows, form: tile, splits.Gpu(where.sm_count), num_splits)
         if teams:
             works = tuple(
                 work._replace(

@@ -62,7 +62,7 @@ def launch_of(
     sizes = paged_launch.sizes_of(q, v, args, mla=mla)
     (work,) = splits.plan_work(
         sizes,
-        lambda rows, many: paged_launch.choose_tile(arch, rows, head_dim, head_dim_v, dtype, kv_dtype, mla, many),
+        lambda rows, form: paged_launch.choose_tile(arch, rows, head_dim, head_dim_v, dtype, kv_dtype, mla, form),
         H200,
     )
     out, lse = meta(tokens, heads, head_dim_v), meta(heads, tokens, of=floats)
@@ -133,7 +133,7 @@ def test_dense_decode_fits(arch: str) -> None:
     args = PagedArgs(*ints, *(None,) * 5, 1, 4097, 0.1, True, (-1, -1), 0.0, True, False, False)
     sizes = paged_launch.sizes_of(q, k, args, even=True)
     (work,) = splits.plan_work(
-        sizes, lambda rows, many: paged_launch.choose_tile(arch, rows, 128, 128, BF16, BF16, False, many), H200
+        sizes, lambda rows, form: paged_launch.choose_tile(arch, rows, 128, 128, BF16, BF16, False, form), H200
     )
     out, lse = torch.empty_like(q), torch.empty(32, 32, device="meta")
     part = torch.empty(splits.scratch((work,), sizes), device="meta")
@@ -252,7 +252,7 @@ def test_a_decode_has_as_many_teams_as_keep_the_memory_busy() -> None:
 
     def planned(batch: int, keys: int = 4096, **options: Any) -> Work:
         sizes = Sizes(batch, batch, 32, 8, 128, 1, keys, 0, False, False)._replace(**options)
-        (work,) = splits.plan_work(sizes, lambda rows, many: Tile(16, 64, 4, 3), H200)
+        (work,) = splits.plan_work(sizes, lambda rows, form: Tile(16, 64, 4, 3), H200)
         return work
 
     for batch, teams in ((7, 33), (16, 32), (32, 32), (33, 33), (64, 32), (256, 33), (5000, 33)):
@@ -267,6 +267,11 @@ def test_a_decode_has_as_many_teams_as_keep_the_memory_busy() -> None:
         assert (even.teams, even.num_splits, even.split, even.grows) == (0, splits_of, splits_of > 1, True)
     alone = planned(1, keys=32768)
     assert alone.teams == 0 and alone.num_splits > 16
+    # Latent attention has shares, of which a mean sequence has some, unless its sequences fill the GPU.
+    for batch, goal, splits_of in ((32, 1, 64), (64, 0, 1)):
+        latent = planned(batch, mla=True)
+        assert (latent.teams, latent.goal, latent.num_splits) == (0, goal, splits_of)
+        assert latent.parts(batch) == (splits_of if goal else batch) + 1
 
 
 def test_known_numbers_of_teams() -> None:
@@ -294,7 +299,7 @@ def test_every_row_is_computed_once(lengths: list[int], batch_invariant: bool) -
     for group, max_k, sinks in itertools.product((1, 3, 128), (1, 700, 100000), (False, True)):
         sizes = Sizes(sum(lengths) + 3, len(lengths), 2 * group, 2, 64, max(lengths), max_k, 0, batch_invariant, sinks)
 
-        def tile(rows: int, many: bool) -> Tile:
+        def tile(rows: int, form: str) -> Tile:
             return Tile(16 if rows <= 16 else 32 if rows <= 32 else 64, 32, 4, 2)
 
         works = splits.plan_work(sizes, tile, H200)
@@ -321,7 +326,7 @@ def test_scratch_is_bounded_by_the_device() -> None:
     """Splits multiply the rows of few tiles only: never more than about what the device runs at a time."""
     for tokens, batch in ((100000, 1), (3000, 3), (64, 1), (16, 16), (4096, 4096)):
         sizes = Sizes(tokens, batch, 32, 8, 128, max(1, tokens // batch), 131072, 0, False, False)
-        works = splits.plan_work(sizes, lambda rows, many: Tile(16 if rows <= 16 else 64, 32, 4, 2), H200)
+        works = splits.plan_work(sizes, lambda rows, form: Tile(16 if rows <= 16 else 64, 32, 4, 2), H200)
         assert splits.scratch(works, sizes) <= 2 * 4 * 2 * 4 * 132 * 64 * 129
 
 
@@ -335,7 +340,7 @@ def test_nothing_of_a_batch_is_compiled_in() -> None:
         ]
         args = PagedArgs(*ints, *(None,) * 5, 1, keys, 0.1, True, (-1, -1), 0.0, True, False, False)
         sizes = paged_launch.sizes_of(q, k, args)
-        (work,) = splits.plan_work(sizes, lambda rows, many: Tile(16, 64, 4, 3), H200)
+        (work,) = splits.plan_work(sizes, lambda rows, form: Tile(16, 64, 4, 3), H200)
         out, lse = torch.empty_like(q), torch.empty(32, batch, device="meta")
         part = torch.empty(max(1, splits.scratch((work,), sizes)), device="meta")
         made = [
@@ -355,7 +360,7 @@ def test_another_tile_computes_the_same_rows() -> None:
     for tokens, batch, longest in ((12, 3, 4), (3000, 3, 1000)):
         sizes = Sizes(tokens, batch, 32, 4, 128, longest, 4096, 0, False, False)
         for rows in (16, 64):
-            for work in splits.plan_work(sizes, lambda _, many, rows=rows: Tile(rows, 32, 4, 2), H200):
+            for work in splits.plan_work(sizes, lambda _, form, rows=rows: Tile(rows, 32, 4, 2), H200):
                 small = splits.with_tile(work, Tile(16, 16, 4, 1), sizes)
                 assert splits.with_tile(small, work.tile, sizes) == work
                 assert rows_computed(small, sizes, longest) == rows_computed(work, sizes, longest)

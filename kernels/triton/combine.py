@@ -11,15 +11,16 @@ Tiles: a program joins one row of one head, BLOCK_S splits at a time, or merges 
 
 import triton
 import triton.language as tl
-from vllm_accel.kernels.triton.pages import query_span
+from vllm_accel.kernels.triton.pages import query_span, shares_of
 from vllm_accel.kernels.triton.scores import LN2, LOG2E
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "num_splits", "low_q", "high_q", "part_rows"])
+@triton.jit(do_not_specialize=["tokens", "batch", "num_splits", "goal", "most", "low_q", "high_q", "part_rows"])
 def combine_splits(
-    part_ptr, cu_seqlens, sinks, out_ptr, lse_ptr,
-    tokens, batch, num_heads, num_splits, low_q, high_q, part_rows,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, SEARCH: tl.constexpr, SINKS: tl.constexpr,
+    part_ptr, cu_seqlens, seqused_k, sinks, out_ptr, lse_ptr,
+    tokens, batch, num_heads, num_splits, goal, most, low_q, high_q, part_rows,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, SEARCH: tl.constexpr, SPREAD: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one row of `paged_attention` (arguments as there).
 
@@ -34,13 +35,18 @@ def combine_splits(
         token = row
         mine = token < tl.load(cu_seqlens + batch)
     else:
-        first, len_q = query_span(cu_seqlens, row // high_q, batch, tokens)
+        sequence = row // high_q
+        first, len_q = query_span(cu_seqlens, sequence, batch, tokens)
         t = row % high_q
         mine = (t < len_q) & (len_q >= low_q) & (len_q <= high_q)
         token = first + t
+    part_lse = part_ptr + num_splits * stride * DV
+    if SPREAD:
+        share, num_splits = shares_of(sequence, seqused_k, batch, most, goal)
+        mine = mine & (num_splits > 1)  # of one share, whoever computed it wrote the result
+        at = share * stride + t * num_heads + head
     if not mine:
         return
-    part_lse = part_ptr + num_splits * stride * DV
     columns = tl.arange(0, BLOCK_DV)
     splits = tl.arange(0, BLOCK_S)
     top = float("-inf")

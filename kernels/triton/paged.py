@@ -17,6 +17,7 @@ from vllm_accel.kernels.triton.pages import (
     BITS_SCALE,
     add_sink,
     find_sequence,
+    find_share,
     finish,
     halves,
     key_count,
@@ -190,7 +191,7 @@ def attend_rows(
 
 @triton.jit(
     do_not_specialize=[
-        "left", "right", "tokens", "batch", "max_blocks", "num_blocks", "num_splits", "tiles",
+        "left", "right", "tokens", "batch", "max_blocks", "num_blocks", "num_splits", "goal", "most", "tiles",
         "low_q", "high_q", "part_rows", "stride_tb",
     ]
 )  # fmt: skip
@@ -198,12 +199,12 @@ def paged_attention(
     q_ptr, k_ptr, v_ptr, cu_seqlens, block_table, seqused_k, out_ptr, lse_ptr, part_ptr,
     slopes, sinks, q_descale, k_descale, v_descale,
     scale, softcap,
-    left, right, tokens, batch, num_blocks, max_blocks, num_kv_heads, num_splits, tiles, low_q, high_q,
-    part_rows,
+    left, right, tokens, batch, num_blocks, max_blocks, num_kv_heads, num_splits, goal, most, tiles, low_q,
+    high_q, part_rows,
     stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_tb,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SEARCH: tl.constexpr, SPLIT: tl.constexpr, FIXED: tl.constexpr, PEEL: tl.constexpr,
+    SEARCH: tl.constexpr, SPLIT: tl.constexpr, SPREAD: tl.constexpr, FIXED: tl.constexpr, PEEL: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
     Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
     ROPE: tl.constexpr, BLOCK_R: tl.constexpr, FOLD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
@@ -218,10 +219,12 @@ def paged_attention(
         out_ptr: (tokens, num_heads, DV), lse_ptr: (num_heads, tokens), both contiguous; written where SPLIT is off, and
             for the rows past the last sequence. lse_ptr may be None.
         part_ptr: with SPLIT, fp32 (num_splits, part_rows, num_heads, DV) normalised sums, then as many rows of base-2
-            log-sum-exps. A row is a token of the batch with SEARCH; else token t of sequence b is row b * high_q + t.
+            log-sum-exps. A row is a token of the batch with SEARCH, of the sequence with SPREAD; else token t of
+            sequence b is row b * high_q + t.
         slopes: (num_heads,) with ALIBI 1, (batch, num_heads) with ALIBI 2, fp32. sinks: (num_heads,).
         q_descale, k_descale, v_descale: fp32, with dimensions as Q_DESCALE and so on say (`per_head`), -1 for none.
-        num_splits: splits of each sequence in the launch.
+        num_splits: splits of each sequence in the launch; with SPREAD shares of all (`pages.find_share`), of which a
+            mean sequence has `goal`, and most keys of each count. What one share computes alone is no partial result.
         low_q, high_q: only sequences of so many query tokens are computed (the others are another launch's).
         tiles: with SEARCH the regions of the batch, in which a program finds its sequence; else tiles of rows of each
             sequence, of which none has more than high_q tokens.
@@ -236,10 +239,15 @@ def paged_attention(
     tile = index % tiles
     index = index // tiles
     num_heads = num_kv_heads * GROUP
+    count = num_splits
     if SEARCH:
         split = index
         # The last tiles of a causal sequence have most to do: they go first.
         sequence, tile = find_sequence(tiles - 1 - tile, cu_seqlens, batch, tokens, GROUP, BLOCK_M)
+    elif SPREAD:
+        sequence, split, count = find_share(index, seqused_k, batch, most, goal)
+        if (sequence == batch) & (index < num_splits):
+            return
     else:
         sequence = index % batch
         split = index // batch
@@ -267,10 +275,14 @@ def paged_attention(
     )
     # A decode is split or not without another kernel being compiled; what it has alone it writes at once.
     GROWS: tl.constexpr = SPLIT and not SEARCH and FIXED == 0
-    alone = num_splits == 1 if GROWS else not SPLIT
+    alone = count == 1 if GROWS else not SPLIT
     if SPLIT:
-        begin, end = split_range(low, high, split, num_splits, FIXED, BLOCK_N)
-        row = rows + (first if SEARCH else sequence * high_q)
+        begin, end = split_range(low, high, split, num_splits, count, FIXED, BLOCK_N)
+        row = rows
+        if SPREAD:
+            split = index
+        else:
+            row += first if SEARCH else sequence * high_q
         part = (split.to(tl.int64) * part_rows + row) * num_heads + heads
         part_lse = part_ptr + num_splits.to(tl.int64) * part_rows * num_heads * DV
         if (begin >= end) & (not alone):

@@ -88,18 +88,19 @@ def padded(head_dim: int) -> int:
 
 def choose_tile(
     arch: str, rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, kv_dtype: torch.dtype, mla: bool,
-    many: bool = False,
+    form: str = "",
 ) -> Tile:  # fmt: skip
     """Return the tile for so many rows of a sequence and key head (query tokens times heads that share it).
 
-    many: there are more programs than the usual tile leaves places for at a time: a smaller one leaves more, so that
-    whoever is done makes room for others.
+    Args:
+        form: "many": there are more programs than the usual tile leaves places for at a time; a smaller one leaves
+            more, so that whoever is done makes room for others. "stream": of `stream.py`, if it is another one.
     """
     height = "m16" if rows <= 16 else "m32" if rows <= 32 else "m64" if rows <= 64 else "prefill"
     size = f"d{max(64, padded(head_dim_v if mla else max(head_dim, head_dim_v)))}"
     kind = "_fp32" if dtype is torch.float32 else "_8bit" if kv_dtype.itemsize == 1 else ""
     name = f"{height}_{size}{kind}"
-    return lookup("mla" if mla else "paged", arch, [f"{name}_many", name] if many else [name])
+    return lookup("mla" if mla else "paged", arch, [f"{name}_{form}", name] if form else [name])
 
 
 def sizes_of(q: Tensor, v_cache: Tensor, args: PagedArgs, *, mla: bool = False, even: bool = False) -> Sizes:
@@ -114,6 +115,7 @@ def sizes_of(q: Tensor, v_cache: Tensor, args: PagedArgs, *, mla: bool = False, 
         batch_invariant=args.batch_invariant, sinks=args.sinks is not None,
         row_bytes=(q.shape[2] + (0 if mla else v_cache.shape[3])) * v_cache.dtype.itemsize, even=even,
         most=min(left + max(right, 0) + DECODE_TOKENS if left >= 0 else _LONGEST, args.block_table.shape[1] * page),
+        mla=mla,
     )  # fmt: skip
 
 
@@ -167,8 +169,9 @@ def attention_launch(
         cut: tuple[int, ...] = (work.teams, work.num_splits, work.most, work.tiles, work.high_q, int(work.tail))
     else:
         constexprs |= {"SEARCH": work.search, "SPLIT": work.split or work.grows, "FIXED": work.fixed}
+        constexprs |= {"SPREAD": work.goal > 0}
         constexprs |= {"PEEL": work.search and not work.split}
-        cut = (work.num_splits, work.tiles, work.low_q, work.high_q, work.part_rows)
+        cut = (work.num_splits, work.goal, work.most, work.tiles, work.low_q, work.high_q, work.part_rows)
     return Launch(
         fn=stream_attention if work.teams else paged_attention,
         grid=(work.tiles * work.parts(batch) * kv_heads, 1, 1),
@@ -205,11 +208,11 @@ def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, ar
         grid=(tokens if work.search else batch * work.high_q, heads, 1),
         args=(
             *combine_tensors(out, lse, part, where_of(args), args.sinks), tokens, batch, heads, work.num_splits,
-            work.low_q, work.high_q, work.part_rows,
+            work.goal, work.most, work.low_q, work.high_q, work.part_rows,
         ),
         constexprs={
             "DV": head_dim_v, "BLOCK_DV": width, "BLOCK_S": together, "SEARCH": work.search,
-            "SINKS": args.sinks is not None,
+            "SPREAD": work.goal > 0, "SINKS": args.sinks is not None,
         },
         num_warps=4,
         num_stages=2,
@@ -220,4 +223,4 @@ def combine_tensors(
     out: Tensor, lse: Tensor | None, part: Tensor, where: Where, sinks: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Return the tensors of `combine_launch`, in the kernel's order."""
-    return (part, where[0], sinks, out, lse)
+    return (part, where[0], where[2], sinks, out, lse)

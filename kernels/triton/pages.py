@@ -50,10 +50,67 @@ def key_count(seqused_k, sequence, batch, max_blocks, PAGE: tl.constexpr):
 
 
 @triton.jit
-def split_range(first, last, split, num_splits, FIXED: tl.constexpr, BLOCK_N: tl.constexpr):
+def fair_share(seqused_k, batch, most, goal):
+    """Return how many keys make a share: with as many of each, a mean sequence has `goal`.
+
+    Lengths differ, and a launch ends with its longest program: so not sequences are cut into equally many parts, but
+    all keys of the batch into equally long ones. No more than ``batch * (goal + 1)`` come of it (`shares`).
+
+    Args:
+        most: keys of a sequence that count, where a window hides the others.
+    """
+    total = 0.0
+    for b in range(0, batch, 128):
+        others = b + tl.arange(0, 128)
+        used = tl.load(seqused_k + others, mask=others < batch, other=0)
+        total += tl.sum(tl.minimum(tl.maximum(used, 0), most).to(tl.float32), 0)
+    return tl.maximum(total / (batch * goal), 1.0)
+
+
+@triton.jit
+def shares(used, most, share):
+    """Return into how many shares sequences of so many keys are cut: as many as they have, rounded, at least one."""
+    keys = tl.minimum(tl.maximum(used, 0), most).to(tl.float32)
+    return tl.maximum((keys / share + 0.5).to(tl.int32), 1)
+
+
+@triton.jit
+def find_share(index, seqused_k, batch, most, goal):
+    """Return (sequence, which share of it, how many it has) of a share of a batch; sequence `batch` past the last."""
+    share = fair_share(seqused_k, batch, most, goal)
+    sequence = 0
+    first = 0
+    before = 0
+    for b in range(0, batch, 128):
+        others = b + tl.arange(0, 128)
+        inside = others < batch
+        used = tl.load(seqused_k + others, mask=inside, other=0)
+        ends = before + tl.cumsum(tl.where(inside, shares(used, most, share), 0), 0)
+        over = inside & (ends <= index)
+        sequence += tl.sum(over.to(tl.int32), 0)
+        first = tl.maximum(first, tl.max(tl.where(over, ends, 0), 0))
+        before = tl.max(ends, 0)
+    used = tl.load(seqused_k + sequence, mask=sequence < batch, other=0)
+    return sequence, index - first, shares(used, most, share)
+
+
+@triton.jit
+def shares_of(sequence, seqused_k, batch, most, goal):
+    """Return (the first of the shares of a sequence, how many it has)."""
+    share = fair_share(seqused_k, batch, most, goal)
+    first = 0
+    for b in range(0, sequence, 128):
+        others = b + tl.arange(0, 128)
+        used = tl.load(seqused_k + others, mask=others < sequence, other=0)
+        first += tl.sum(tl.where(others < sequence, shares(used, most, share), 0), 0)
+    return first, shares(tl.load(seqused_k + sequence), most, share)
+
+
+@triton.jit
+def split_range(first, last, split, num_splits, count, FIXED: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return [start, stop) of one split of the keys [first, last); start is a multiple of BLOCK_N, as first is.
 
-    FIXED 0 shares out the keys that there really are, among all splits or as many as MIN_SPLIT allows. Otherwise
+    FIXED 0 shares out the keys that there really are, among `count` splits or as many as MIN_SPLIT allows. Otherwise
     split s holds keys ``s * FIXED`` to ``(s + 1) * FIXED``
     whatever the batch is made of, so that nothing but the sequence itself decides how a sum is formed; the last split
     takes what lies beyond.
@@ -62,7 +119,7 @@ def split_range(first, last, split, num_splits, FIXED: tl.constexpr, BLOCK_N: tl
         start = tl.maximum(split * FIXED, first)
         stop = tl.where(split == num_splits - 1, last, tl.minimum((split + 1) * FIXED, last))
     else:
-        share = tl.maximum(tl.cdiv(last - first, num_splits), MIN_SPLIT)
+        share = tl.maximum(tl.cdiv(last - first, count), MIN_SPLIT)
         share = tl.cdiv(share, BLOCK_N) * BLOCK_N
         start = first + split * share
         stop = tl.minimum(start + share, last)

@@ -37,6 +37,7 @@ class Sizes(NamedTuple):
         window: the most keys that one query sees, 0 for all.
         row_bytes: of a key and its value. even: every sequence has max_seqlen_k keys.
         most: keys of a sequence that a decode reads at most: a window hides the others, or the table has no room.
+        mla: latent attention, whose partial results are large, so that joining them takes a launch of its own.
     """
 
     tokens: int
@@ -52,6 +53,7 @@ class Sizes(NamedTuple):
     row_bytes: int = 512
     even: bool = False
     most: int = 2**31 - 1
+    mla: bool = False
 
 
 class Gpu(NamedTuple):
@@ -69,7 +71,8 @@ class Work(NamedTuple):
         tiles: tiles of rows of one sequence, with `search` regions of the batch.
         low_q, high_q: sequences with so many query tokens are computed.
         num_splits, fixed: see `pages.split_range`. split: results may be partial. Those of a stream it joins itself.
-        part_rows: rows of the partial results of one split (of one slot of a team).
+        goal: shares of a mean sequence (`pages.find_share`), num_splits then those of the batch; 0: see num_splits.
+        part_rows: rows of the partial results of one split (of a share, of one slot of a team).
         tail: it also writes the rows past the last sequence.
         teams: of a stream, 0 where it is none. num_splits are then those of each sequence, 0 where teams share all keys
             (`per` of `teams.py`). unit: keys of a block that teams share, a multiple of the tile's. most: see `Sizes`.
@@ -81,6 +84,7 @@ class Work(NamedTuple):
     low_q: int
     high_q: int
     num_splits: int
+    goal: int
     fixed: int
     split: bool
     part_rows: int
@@ -93,7 +97,7 @@ class Work(NamedTuple):
         """Return how many programs there are for each tile and key head."""
         if self.search:
             return self.num_splits
-        return self.teams or self.num_splits * batch + self.tail
+        return self.teams or (self.num_splits if self.goal else self.num_splits * batch) + self.tail
 
     @property
     def grows(self) -> bool:
@@ -161,23 +165,23 @@ def choose_teams(heads: int, batch: int, room: Places) -> int:
     return next((n for n in near if batch % n == 0 or n % batch == 0), teams)
 
 
-def plan_work(sizes: Sizes, tile_for: Callable[[int, bool], Tile], gpu: Gpu, num_splits: int = 0) -> tuple[Work, ...]:
+def plan_work(sizes: Sizes, tile_for: Callable[[int, str], Tile], gpu: Gpu, num_splits: int = 0) -> tuple[Work, ...]:
     """Return the launches of a call.
 
     Args:
-        tile_for: the tile for so many rows of a sequence and key head (query tokens times heads of a group), and where
-            there are more programs than the first one leaves places for.
+        tile_for: the tile for so many rows of a sequence and key head (query tokens times heads of a group), by form:
+            "many" where there are more programs than the usual one leaves places for, "stream" for streams.
         num_splits: forced for the launches that may split; 0 chooses.
     """
     group = sizes.num_heads // sizes.num_kv_heads
     if sizes.max_seqlen_q <= DECODE_TOKENS:
         return (_decode(sizes, group, tile_for, gpu, num_splits, tail=True),)
-    tile = tile_for(UNLIMITED, False)
+    tile = tile_for(UNLIMITED, "")
     tiles = sizes.tokens * group // tile.block_m + sizes.batch + 1
     # Regions, of which about one a sequence is empty (`pages.find_sequence`).
     blocks = -(-sizes.tokens * group // tile.block_m) * sizes.num_kv_heads
     room = places(tile, sizes.row_bytes, gpu)
-    everything = Work(tile, True, tiles, 0, UNLIMITED, 1, 0, False, sizes.tokens, True)
+    everything = Work(tile, True, tiles, 0, UNLIMITED, 1, 0, 0, False, sizes.tokens, True)
     if not sizes.batch_invariant:
         # Few tiles: one launch, with splits for long and short queries alike.
         splits = num_splits or (choose_splits(blocks, room, _keys(sizes)) if 5 * blocks < 4 * room.all else 1)
@@ -191,30 +195,39 @@ def plan_work(sizes: Sizes, tile_for: Callable[[int, bool], Tile], gpu: Gpu, num
 
 
 def _decode(
-    sizes: Sizes, group: int, tile_for: Callable[[int, bool], Tile], gpu: Gpu, num_splits: int, tail: bool
+    sizes: Sizes, group: int, tile_for: Callable[[int, str], Tile], gpu: Gpu, num_splits: int, tail: bool
 ) -> Work:  # fmt: skip
     """Return the launch for sequences of at most DECODE_TOKENS query tokens."""
     most, batch = min(sizes.max_seqlen_q, DECODE_TOKENS), sizes.batch
     # The tile must not depend on the batch's longest query where a sequence's bits may not.
     rows = 1 if sizes.batch_invariant else most * group
-    tile = tile_for(rows, False)
+    tile = tile_for(rows, "")
     tiles = -(-most * group // tile.block_m)
     if sizes.batch_invariant:
         num_splits = max(1, -(-sizes.max_seqlen_k // INVARIANT_SPLIT))
         # A sink is added where splits are joined, or with one split in the kernel: equal numbers, but not equal bits.
         split = num_splits > 1 or sizes.sinks
-        return Work(tile, False, tiles, 0, most, num_splits, INVARIANT_SPLIT, split, batch * most, tail)
-    heads, room = tiles * sizes.num_kv_heads, places(tile, sizes.row_bytes, gpu)
-    if sizes.even or batch == 1:
+        return Work(tile, False, tiles, 0, most, num_splits, 0, INVARIANT_SPLIT, split, batch * most, tail)
+    heads, room, keys = tiles * sizes.num_kv_heads, places(tile, sizes.row_bytes, gpu), _keys(sizes)
+    even = sizes.even or batch == 1
+    if even or sizes.mla:
         if heads * batch > room.all:
-            tile = tile_for(rows, True)
+            tile = tile_for(rows, "many")
             tiles, room = -(-most * group // tile.block_m), places(tile, sizes.row_bytes, gpu)
-        num_splits = num_splits or choose_splits(tiles * sizes.num_kv_heads * batch, room, _keys(sizes))
-        return Work(tile, False, tiles, 0, most, num_splits, 0, num_splits > 1, batch * most, tail)
+        blocks, part_rows, goal = tiles * sizes.num_kv_heads * batch, batch * most, 0
+        forced, num_splits = num_splits, num_splits or choose_splits(blocks, room, keys)
+        # Where lengths may differ, a long sequence may need shares though the mean one does not; unless most places are
+        # taken as it is.
+        if not (forced or even) and 5 * blocks < 4 * room.all and keys > 2 * MIN_SPLIT:
+            goal, num_splits, part_rows = num_splits, batch * (num_splits + 1), most
+        return Work(tile, False, tiles, 0, most, num_splits, goal, 0, num_splits > 1, part_rows, tail, most=sizes.most)
+    tile = tile_for(rows, "stream")
+    tiles, room = -(-most * group // tile.block_m), places(tile, sizes.row_bytes, gpu)
+    heads = tiles * sizes.num_kv_heads
     # Sequences that are not worth cutting have a team each.
-    per = num_splits or int(_keys(sizes) <= 2 * MIN_SPLIT)
+    per = num_splits or int(keys <= 2 * MIN_SPLIT)
     teams = per * batch or choose_teams(heads, batch, room)
-    return Work(tile, False, tiles, 0, most, per, 0, per != 1, most, tail, teams, tile.block_n, sizes.most)
+    return Work(tile, False, tiles, 0, most, per, 0, 0, per != 1, most, tail, teams, tile.block_n, sizes.most)
 
 
 def with_tile(work: Work, tile: Tile, sizes: Sizes) -> Work:

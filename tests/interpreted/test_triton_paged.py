@@ -18,7 +18,7 @@ from vllm_accel.backends.triton_paged import TritonPaged, bind_paged
 from vllm_accel.dispatch.backend import PagedArgs
 from vllm_accel.dispatch.device import preset
 from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
-from vllm_accel.kernels.triton import join, paged_launch, splits
+from vllm_accel.kernels.triton import join, paged_launch, pages, splits
 from vllm_accel.kernels.triton import teams as teams_module
 from vllm_accel.testing.cases_paged import PAGED_CASES, PagedCase
 from vllm_accel.testing.conformance_paged import check_paged_backend
@@ -146,6 +146,51 @@ def test_decode_over_blocks_of_any_size(block_size: int) -> None:
 def test_splits_join_to_the_same_result(num_splits: int) -> None:
     call = make([1] * 6, [0, 255, 256, 257, 600, 1100], heads=1, kv_heads=1, head_dim=16)
     check(call, num_splits, max_seqlen_k=1100)
+
+
+@triton.jit
+def _count(seqused, sequences, firsts, counts, batch, most, goal):
+    """Write down for a share whose it is, for a sequence where its shares begin and how many there are."""
+    index = tl.program_id(0)
+    sequence, nth, count = pages.find_share(index, seqused, batch, most, goal)
+    tl.store(sequences + index, sequence)
+    if sequence < batch:
+        first, again = pages.shares_of(sequence, seqused, batch, most, goal)
+        tl.store(firsts + index, first + nth)
+        tl.store(counts + sequence, tl.where(again == count, count, -1))
+
+
+def counts_of(lengths: list[int], goal: int, most: int = 2**31 - 1) -> list[int]:
+    """Return how many shares each sequence has, once it is clear that every share is somebody's and nobody's twice."""
+    batch, room = len(lengths), len(lengths) * (goal + 1)
+    used = torch.tensor(lengths, dtype=torch.int32)
+    sequences, firsts, counts = (torch.full((n,), -1, dtype=torch.int32) for n in (room + 1, room + 1, batch))
+    _count[(room + 1,)](used, sequences, firsts, counts, batch, most, goal)
+    found = counts.tolist()
+    total = sum(found)
+    assert min(found) >= 1 and total <= room
+    assert sequences.tolist() == [b for b, n in enumerate(found) for _ in range(n)] + [batch] * (room + 1 - total)
+    assert firsts[:total].tolist() == list(range(total))
+    return found
+
+
+def test_shares_go_to_the_sequences_that_have_the_keys() -> None:
+    assert counts_of([4096] * 3, 2) == [2, 2, 2]
+    assert counts_of([4096] * 3, 1) == [1, 1, 1]
+    assert counts_of([4096, 4000, 4200] * 50, 2) == [2] * 150
+    assert counts_of([16384] + [512] * 7, 2) == [13] + [1] * 7  # of a mean of 2496, halved
+    assert counts_of([3000, 1000, 0, -5], 3) == [9, 3, 1, 1]
+    assert counts_of([5000, 1000], 4, most=1000) == [4, 4]  # a window hides what one has more
+    assert counts_of([0, 0, 0], 2) == [1, 1, 1]
+    assert counts_of([2**31 - 1, 5], 3) == [6, 1]
+
+
+def test_shares_always_have_room() -> None:
+    g = torch.Generator().manual_seed(0)
+    for batch, goal in ((1, 1), (3, 2), (130, 1), (40, 7)):
+        scale = 10 ** (torch.rand(batch, generator=g) * 5)
+        counts_of((torch.rand(batch, generator=g) * scale).int().tolist(), goal)
+        counts_of([1] + [3] * (batch - 1), goal)  # as many halves as there can be
 
 
 @triton.jit
@@ -465,6 +510,17 @@ def test_batch_invariance(sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mla(heads: int, num_splits: int) -> None:
     call = make([1, 2, 0, 1], [300, 33, 9, 64], heads=heads, kv_heads=1, head_dim=48, head_dim_v=32, mla=True, tail=2)
     check(call, num_splits, causal=True)
+
+
+def test_uneven_latent_lengths_are_shared_out() -> None:
+    """On a GPU with places for a few programs: three shares a mean sequence, of which the first gets most."""
+    call = make([1, 1, 1, 1], [2100, 0, 300, 700], heads=4, kv_heads=1, head_dim=48, head_dim_v=32, mla=True, tail=3)
+    few = replace(H200, sm_count=3)
+    sizes = paged_launch.sizes_of(call.q, call.v_cache, arguments(call), mla=True)
+    (work,) = splits.plan_work(sizes, kernel_of(call, device=few)._tile_for, kernel_of(call, device=few)._gpu)
+    assert work.goal > 1 and not work.teams
+    check(call, device=few)
+    check(call, device=few, sinks=torch.tensor([0.5, -1.0, 0.0, 2.0]))
 
 
 def test_mla_of_every_kind() -> None:

@@ -78,10 +78,10 @@ class TritonPaged:
         self._out_dtype = torch.bfloat16 if spec.dtype.itemsize == 1 else spec.dtype
         kind = (spec.head_dim, spec.head_dim_v, spec.dtype, spec.kv_dtype, self._mla)
 
-        def tile_for(rows: int, many: bool) -> Tile:
-            return paged_launch.choose_tile(device.arch, rows, *kind, many)
+        def tile_for(rows: int, form: str) -> Tile:
+            return paged_launch.choose_tile(device.arch, rows, *kind, form)
 
-        self._tile_for: Callable[[int, bool], Tile] = tile_for
+        self._tile_for: Callable[[int, str], Tile] = tile_for
         self._prepared: dict[Any, Prepared] = {}
 
     def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, args: PagedArgs) -> tuple[Tensor, Tensor | None]:
