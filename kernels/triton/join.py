@@ -4,9 +4,10 @@ Another launch to join them takes 4 us on an H200 where there is nothing to join
 few keys take 20 in all. So every team counts itself when its part of a sequence is written, and the one that finds all
 others counted joins them (as Stream-K's fix-up, https://arxiv.org/abs/2301.03598, but without waiting).
 
-Nobody clears the counters: that would be a launch as well. What is no counter is made one by a maximum that changes no
-counter, since a count is added to the largest integers there are but for one: of four 16-bit floats three are NaN with
-bits that no arithmetic makes. Whoever joins puts it back.
+Nobody clears the counters: that would be a launch as well. The upper 48 bits of a counter are a key, drawn at random
+once for all, and what has not this key is made a counter before anybody counts. Whoever joins puts it back to a count
+of 0, so no launch leaves one behind that has counted (a kernel that dies in the middle takes its process with it), and
+memory that held anything else looks like one with a chance of 2^-48.
 """
 
 import triton
@@ -15,25 +16,28 @@ from vllm_accel.kernels.triton.pages import query_span, within
 from vllm_accel.kernels.triton.scores import LN2, LOG2E
 from vllm_accel.kernels.triton.teams import blocks_of
 
-#: A counter of nobody: below it, as int64, are all numbers but the counters above it, and what `prepare` excludes.
-NOBODY: tl.constexpr = tl.constexpr(0x7FFFFFFFFFFF0000)
-_LARGEST: tl.constexpr = tl.constexpr(0x7FFFFFFFFFFFFFFF)
+#: A counter that has counted nobody; the lower 16 bits count.
+KEY: tl.constexpr = tl.constexpr(0x5D3B51C7E26A0000)
 
 
 @triton.jit
-def prepare(counter):
-    """Make any int64 a counter of nobody; what is a counter stays. To be done before one counts, by each who will."""
-    tl.atomic_cas(counter, _LARGEST, NOBODY, sem="relaxed")
-    tl.atomic_max(counter, NOBODY, sem="relaxed")
+def prepare(counter, held):
+    """Make an int64 that holds anything a counter. To be done by each that will count, before any of them can be done.
+
+    Args:
+        held: what `counter` was seen to hold. If that has changed, somebody else has prepared it.
+    """
+    # Without a branch: threads may have seen different values, and one of them acts for all.
+    tl.atomic_cas(counter, held, tl.where((held & -65536) == KEY, held, KEY), sem="relaxed")
 
 
 @triton.jit
 def arrive(counter, members):
     """Count one more of so many members: return whether it is the last, who then sees what all of them wrote before."""
     tl.debug_barrier()  # all threads have written what the one that counts is to publish
-    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == members.to(tl.int64) + (NOBODY - 1)
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == members.to(tl.int64) + (KEY - 1)
     if last:
-        tl.store(counter, NOBODY)
+        tl.store(counter, KEY)
     return last
 
 

@@ -227,6 +227,7 @@ def _decode(
     # Sequences that are not worth cutting have a team each.
     per = num_splits or int(keys <= 2 * MIN_SPLIT)
     teams = per * batch or choose_teams(heads, batch, room)
+    assert (per or teams) < 1 << 16, "a counter of `join.py` counts so far"
     return Work(tile, False, tiles, 0, most, per, 0, 0, per != 1, most, tail, teams, tile.block_n, sizes.most)
 
 

@@ -69,11 +69,14 @@ def stream_attention(
     counters = (part_lse + 2 * slots).to(tl.pointer_type(tl.int64), bitcast=True) + tile * num_kv_heads + kv_head
     counter = counters + tl.minimum(place, teams - 1) * (tiles * num_kv_heads)
     counter_last = counters + tl.minimum(place_last, teams - 1) * (tiles * num_kv_heads)
-    if per != 1:
-        prepare(counter)
-        prepare(counter_last)
+    cuts = per != 1  # else each sequence is some team's alone
+    held = tl.load(counter, mask=cuts, other=0, volatile=True)
+    held_last = tl.load(counter_last, mask=cuts, other=0, volatile=True)
     token, len_q = query_span(cu_seqlens, tl.minimum(first, batch), batch, tokens)
     len_k = key_count(seqused_k, first, batch, max_blocks, PAGE)
+    if cuts:
+        prepare(counter, held)
+        prepare(counter_last, held_last)
     sequence_before = before
     for i in range(tl.minimum(last, batch - 1) - first + 1):
         sequence = first + i
@@ -126,7 +129,7 @@ def stream_attention(
                 tl.store(part_lse + at, total, mask=live)
         before += n
         token, len_q, len_k = next_token, next_q, next_k
-    if per != 1:
+    if cuts:
         join_sequence(
             first, sequence_before, start, stop, place, counter, part_ptr, part_lse, cu_seqlens, seqused_k, sinks,
             out_ptr, lse_ptr, batch, tokens, most, high_q, kv_head, num_heads, tile,

@@ -20,6 +20,8 @@ from vllm_accel.dispatch.device import preset
 from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
 from vllm_accel.kernels.triton import join, paged_launch, pages, splits
 from vllm_accel.kernels.triton import teams as teams_module
+from vllm_accel.kernels.triton.launch import run
+from vllm_accel.kernels.triton.tiles import Tile
 from vllm_accel.testing.cases_paged import PAGED_CASES, PagedCase
 from vllm_accel.testing.conformance_paged import check_paged_backend
 from vllm_accel.testing.oracle import attention_paged_oracle, plain_attention_paged
@@ -259,33 +261,45 @@ def test_teams_of_large_batches() -> None:
 def _arrive(counters, found, members):
     """Count one more, of each counter."""
     i = tl.program_id(0)
-    join.prepare(counters + i)
+    join.prepare(counters + i, tl.load(counters + i))
     tl.store(found + i, join.arrive(counters + i, members).to(tl.int32))
+
+
+#: What scratch memory may hold: zeros and ones, the largest and smallest numbers, NaN of all sorts, what looks like a
+#: counter almost, and what an earlier launch left behind.
+HELD = [
+    0, 1, -1, 2**63 - 1, 2**63 - 2, -(2**63), 0x7FFFFFFFFFFF0000, 0x7FFFFFFFFFFF0003, 0x7FFFFFFF7FFFFFFF,
+    0x7FF8000000000000, 0x7FC07FC07FC07FC0, 0x7E007E007E007E00, join.KEY.value ^ (1 << 16), join.KEY.value - 1,
+    join.KEY.value + (1 << 16), join.KEY.value,
+]  # fmt: skip
 
 
 def test_counters_work_in_memory_that_nobody_cleared() -> None:
     """The last of each knows that it is the last, and leaves a counter of nobody, whatever was there."""
-    g, mark = torch.Generator().manual_seed(0), join.NOBODY.value
-    held = [
-        0,
-        5,
-        -1,
-        mark ^ (1 << 40),
-        mark - 1,
-        2**63 - 1,
-        -(2**63),
-        *torch.randint(-(2**62), 2**62, (5,), generator=g).tolist(),
-    ]
-    held += torch.tensor([float("nan"), float("inf"), -1.0]).double().view(torch.int64).tolist()
     for members in (2, 3, 7):
-        counters = torch.tensor(held)
+        counters = torch.tensor(HELD)
         for n in range(1, 2 * members + 1):
             found = torch.full_like(counters, -1, dtype=torch.int32)
-            _arrive[(len(held),)](counters, found, members)
-            assert found.tolist() == [int(n % members == 0)] * len(held)
-            assert (counters == mark + n % members).all()
-    for dtype in (torch.bfloat16, torch.float16):  # no numbers of a tensor are these three
-        assert torch.tensor([mark]).view(dtype)[1:].isnan().all()
+            _arrive[(len(HELD),)](counters, found, members)
+            assert found.tolist() == [int(n % members == 0)] * len(HELD)
+            assert (counters == join.KEY.value + n % members).all()
+
+
+def test_scratch_memory_may_hold_anything() -> None:
+    call = make([1, 1], [700, 900], heads=1, kv_heads=1, head_dim=16)
+    args = arguments(call)
+    sizes = paged_launch.sizes_of(call.q, call.v_cache, args)
+    (work,) = splits.plan_work(sizes, lambda rows, form: Tile(16, 64, 4, 2), splits.Gpu(1))
+    work = work._replace(teams=4)
+    want, want_lse = attention_paged_oracle(call.q, call.k_cache, call.v_cache, **call.tables)
+    part = torch.empty((work.scratch(sizes) + 1) // 2, dtype=torch.int64)
+    for held in (*HELD, None):  # None: what the launch before left
+        if held is not None:
+            part.fill_(held)
+        out, lse = torch.full_like(call.q, float("nan")), torch.full((1, 2), float("nan"))
+        given = (call.q, call.k_cache, call.v_cache, out, lse, part.view(torch.float32), args)
+        run(paged_launch.attention_launch(work, *given, chip=paged_launch.Chip(), mla=False))
+        assert (out - want).abs().max() < 2e-3 and (lse - want_lse).abs().max() < 2e-3
 
 
 @pytest.mark.parametrize("options", [{}, {"window_size": (900, 0)}, {"sinks": torch.tensor([0.5, -1.0])}], ids=str)
