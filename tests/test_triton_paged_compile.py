@@ -268,10 +268,9 @@ def test_a_decode_has_as_many_teams_as_keep_the_memory_busy() -> None:
     alone = planned(1, keys=32768)
     assert alone.teams == 0 and alone.num_splits > 16
     # Latent attention has shares, of which a mean sequence has some, unless its sequences fill the GPU.
-    for batch, goal, splits_of in ((32, 1, 64), (64, 0, 1)):
+    for batch, goal, splits_of, programs in ((32, 1, 64, 64), (64, 0, 2, 128)):
         latent = planned(batch, mla=True)
-        assert (latent.teams, latent.goal, latent.num_splits) == (0, goal, splits_of)
-        assert latent.parts(batch) == (splits_of if goal else batch) + 1
+        assert (latent.teams, latent.goal, latent.num_splits, latent.parts(batch)) == (0, goal, splits_of, programs + 1)
 
 
 def test_known_numbers_of_teams() -> None:
