@@ -21,7 +21,7 @@ from vllm_accel.ops import run as ops_run
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
-from vllm_accel.kernels.triton import forward_launch, launch, tiles
+from vllm_accel.kernels.triton import forward, forward_launch, launch, tiles
 from vllm_accel.kernels.triton.launch import Bound, Launch
 from vllm_accel.kernels.triton.tiles import Tile
 
@@ -110,6 +110,38 @@ def test_a_tile_does_not_depend_on_lengths_or_batch() -> None:
         for b, q, k in ((1, 1, 1), (512, 1, 8192), (1, 65536, 65536))
     ]
     assert len({BACKEND.bind(spec, PRESETS["h200"])._tile for spec in specs}) == 1
+
+
+def test_few_kinds_of_call_take_another_form_of_the_kernel() -> None:
+    plain = AttentionSpec(
+        torch.bfloat16, torch.bfloat16, 8, 8, 128, 128, 1, 64, 64, Relation.EQUAL, Feature.CAUSAL | Feature.SINKS
+    )  # fmt: skip
+
+    def form(gpu: str, **changes: Any) -> int:
+        return BACKEND.bind(dataclasses.replace(plain, **changes), PRESETS[gpu])._form
+
+    assert (adapter.AHEAD, adapter.BOTH) == (forward.AHEAD, forward.BOTH)
+    full = {"features": Feature.SINKS}
+    assert form("h200", **full) == form("h200", head_dim=256, head_dim_v=256) == forward.AHEAD
+    assert form("h200") == form("h200", head_dim=64, head_dim_v=64) == forward.PLAIN
+    for changes in (
+        {"dtype": torch.float32}, {"head_dim": 32, "head_dim_v": 32}, {"head_dim_v": 64},
+        {"features": Feature.WINDOW_LEFT}, {"features": Feature.Q_DESCALE},
+    ):  # fmt: skip
+        assert form("h200", **{**full, **changes}) == forward.PLAIN, changes
+    assert form("a100", **full) == form("b200", **full) == forward.PLAIN
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: torch.zeros(1, 64, 3, 4, 128, dtype=torch.bfloat16)[:, :, 0], True),  # packed q, k, v
+        (lambda: torch.zeros(1, 64, 4, 132, dtype=torch.bfloat16)[..., :128], False),  # heads 264 bytes apart
+        (lambda: torch.zeros(1, 1, 4, 128, dtype=torch.bfloat16).expand(1, 64, 4, 128), False),
+    ],
+)
+def test_what_descriptors_can_read(make: Callable[[], torch.Tensor], expected: bool) -> None:
+    assert forward_launch.describable(make()) is expected
 
 
 # --- launches --------------------------------------------------------------------------------------------------------

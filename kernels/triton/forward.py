@@ -4,13 +4,21 @@ Milakov and Gimelshein 2018 (online softmax), Dao 2023 (FlashAttention-2: one pr
 walks the keys that its rows see in up to three loops: the left edge of a window, the interior, where nothing is masked,
 and the right edge (the diagonal, or the end of the keys). See `scores` for the logits.
 
+On Hopper a product runs while its warps compute, and two forms of the loop use that (Shah et al. 2024,
+FlashAttention-3, section 3.2). With AHEAD one loop takes the logits of the next block before it adds the values of this
+one, so that this product is under way during the next softmax. BOTH has the logits under way too (`forward_hopper`).
+
 Layouts: q, k, v (B, S, heads, D) or packed (T, heads, D) with cu_seqlens, any strides with the innermost 1; out and lse
 contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal` or `_heavy` where those differ.
 """
 
 import triton
 import triton.language as tl
-from vllm_accel.kernels.triton.scores import LN2, LOG2E, factor, kept, keys_of_rows, logits, per_head, sequence
+from vllm_accel.kernels.triton.forward_hopper import attend_hopper
+from vllm_accel.kernels.triton.scores import LN2, LOG2E, factor, kept, keys_of_rows, logits, per_head, seen, sequence
+
+#: FORM of a launch: products waited for where they are made; the logits a block ahead of the values; both under way.
+PLAIN, AHEAD, BOTH = 0, 1, 2
 
 
 @triton.jit
@@ -35,6 +43,20 @@ def _tile(pointer, stride, count, SIZE: tl.constexpr, WIDTH: tl.constexpr, N: tl
 
 
 @triton.jit
+def _softmax(s, m, l, multiplier, EMPTY: tl.constexpr):
+    """Return (p, alpha, m, l): weights of a block of logits, the factor of what was summed before, the new maximum
+    (base 2) and denominator. EMPTY: a row may have met no key yet."""
+    m_new = tl.maximum(m, tl.max(s, 1) * multiplier)
+    if EMPTY:
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    else:
+        shift = m_new
+    p = tl.exp2(s * multiplier - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    return p, alpha, m_new, l * alpha + tl.sum(p, 1)
+
+
+@triton.jit
 def _attend(
     acc, m, l, q, k, v, k_stride_t, v_stride_t, begin, end, rows, len_q, len_k, scale, softcap, slope, bias,
     bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
@@ -55,20 +77,56 @@ def _attend(
             s, rows[:, None], n0 + cols[None, :], len_q, len_k, scale, softcap, slope, bias, bias_stride_q,
             bias_stride_k, left, right, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, LEFT, RIGHT, MASKED,
         )  # fmt: skip
-        m_new = tl.maximum(m, tl.max(s, 1) * multiplier)
-        if MASKED or BIAS != 0:  # a row may have met no key yet
-            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        else:
-            shift = m_new
-        p = tl.exp2(s * multiplier - shift[:, None])
-        alpha = tl.exp2(m - shift)
-        l = l * alpha + tl.sum(p, 1)
+        p, alpha, m, l = _softmax(s, m, l, multiplier, MASKED or BIAS != 0)
         acc = acc * alpha[:, None]
         if rng is not None:
             p = tl.where(kept(rng, sequence_head, rows[:, None], n0 + cols[None, :], dropout_p), p, 0.0)
         v_tile = _tile(v + start * v_stride_t, v_stride_t, len_k - n0, DV, BLOCK_DV, BLOCK_N, WIDE, MASKED)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
-        m = m_new
+    return acc, m, l
+
+
+@triton.jit
+def _attend_ahead(
+    acc, m, l, q, k, v, k_stride_t, v_stride_t, outer, last, rows, len_q, len_k, scale, right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr, RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Take the keys ``0 .. last`` into the rows, masked from `outer` on, the logits one block ahead of the values.
+
+    The compiler waits for the logits where they are made, and with them for the values before; it must not have to wait
+    sooner. So acc is touched between the two products only, and the mask is a branch: a second loop for the edge would
+    begin with a product under way, for which ptxas waits after every instruction of every product (its note C7515).
+    """
+    cols = tl.arange(0, BLOCK_N)
+    multiplier = factor(scale, True)
+    k_tile = _tile(k, k_stride_t, len_k, D, BLOCK_D, BLOCK_N, WIDE, True)  # under way together with q
+    s = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
+    if last > 0:
+        s = tl.dot(q, k_tile.T)
+    final = tl.maximum(last - 1, 0) // BLOCK_N * BLOCK_N
+    for n0 in range(0, final, BLOCK_N):
+        n0 = tl.multiple_of(n0, BLOCK_N)
+        if n0 >= outer:
+            inside = seen(rows[:, None], n0 + cols[None, :], len_q, len_k, 0, right, False, RIGHT)
+            s = tl.where(inside, s, float("-inf"))
+        p, alpha, m, l = _softmax(s, m, l, multiplier, RIGHT)
+        p = p.to(q.dtype)
+        n1 = n0 + BLOCK_N
+        k_tile = _tile(k + n1.to(tl.int64) * k_stride_t, k_stride_t, len_k - n1, D, BLOCK_D, BLOCK_N, WIDE, True)
+        s = tl.dot(q, k_tile.T)
+        v_tile = _tile(v + n0.to(tl.int64) * v_stride_t, v_stride_t, len_k - n0, DV, BLOCK_DV, BLOCK_N, WIDE, True)
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p, v_tile, acc)
+    if last > 0:
+        if final >= outer:
+            inside = seen(rows[:, None], final + cols[None, :], len_q, len_k, 0, right, False, RIGHT)
+            s = tl.where(inside, s, float("-inf"))
+        p, alpha, m, l = _softmax(s, m, l, multiplier, RIGHT)
+        start = final.to(tl.int64)
+        v_tile = _tile(v + start * v_stride_t, v_stride_t, len_k - final, DV, BLOCK_DV, BLOCK_N, WIDE, True)
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(q.dtype), v_tile, acc)
     return acc, m, l
 
 
@@ -99,7 +157,7 @@ def attention_forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     FOLD: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
-    WIDE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Write out, contiguous (B, Sq, H, DV) or (T, H, DV), and lse (fp32, natural, (B, H, Sq) or (H, T)) unless it is
     None.
@@ -110,7 +168,9 @@ def attention_forward(
         tiles: blocks of BLOCK_M rows in the longest sequence. together: heads that are scheduled side by side.
         left, right: window, read only with LEFT and RIGHT. ALIBI: 0, or dimensions of the slopes.
         *_DESCALE: dimensions of the factor (0, 1, 2). WIDE: offsets within a tile need 64 bits.
-        PRECISION: of fp32 products. PRECISE: see `scores.tanh`.
+        PRECISION: of fp32 products. PRECISE: see `scores.tanh`. FORM: AHEAD and BOTH are for 16-bit numbers, heads that
+            fill their tiles, FOLD, and no option but RIGHT, sinks and the descale of v; BOTH for q, k and v that TMA
+            can read (`forward_launch.describable`).
     """
     # Program -> (tile, head): `together` heads at a time, whose keys fit the L2 cache, and among those the tiles
     # with the most keys first, so that the last programs to run are short ones.
@@ -155,7 +215,11 @@ def attention_forward(
     q += h.to(tl.int64) * q_stride_h + (first_q + m0) * q_stride_t
     k += h_kv.to(tl.int64) * k_stride_h + first_k * k_stride_t
     v += h_kv.to(tl.int64) * v_stride_h + first_k * v_stride_t
-    q_tile = _tile(q, q_stride_t, len_q - m0, D, BLOCK_D, BLOCK_M, WIDE, True)
+    if FORM == 2:
+        q_tiles = tl.make_tensor_descriptor(q, [len_q - m0, D], [q_stride_t, 1], [BLOCK_M, D])
+        q_tile = q_tiles.load([0, 0])
+    else:
+        q_tile = _tile(q, q_stride_t, len_q - m0, D, BLOCK_D, BLOCK_M, WIDE, True)
 
     scale = softmax_scale
     if q_descale is not None:
@@ -177,22 +241,34 @@ def attention_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     first, inner, outer, last = keys_of_rows(m0, len_q, len_k, left, right, BLOCK_M, BLOCK_N, LEFT, RIGHT)
-    if LEFT:
+    if FORM == 2:
+        acc, m, l = attend_hopper(
+            acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, outer, last, rows, len_q, len_k, scale, right,
+            D, DV, BLOCK_N, RIGHT,
+        )  # fmt: skip
+    elif FORM == 1:
+        acc, m, l = _attend_ahead(
+            acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, outer, last, rows, len_q, len_k, scale, right,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, WIDE, RIGHT,
+        )  # fmt: skip
+    else:
+        if LEFT:
+            acc, m, l = _attend(
+                acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, first, inner, rows, len_q, len_k, scale, softcap,
+                slope, attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT,
+                True,
+            )  # fmt: skip
         acc, m, l = _attend(
-            acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, first, inner, rows, len_q, len_k, scale, softcap, slope,
+            acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, inner, outer, rows, len_q, len_k, scale, softcap, slope,
+            attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT, False,
+        )  # fmt: skip
+        acc, m, l = _attend(
+            acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, outer, last, rows, len_q, len_k, scale, softcap, slope,
             attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT, True,
         )  # fmt: skip
-    acc, m, l = _attend(
-        acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, inner, outer, rows, len_q, len_k, scale, softcap, slope,
-        attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT, False,
-    )  # fmt: skip
-    acc, m, l = _attend(
-        acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, outer, last, rows, len_q, len_k, scale, softcap, slope,
-        attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT, True,
-    )  # fmt: skip
 
     present = tl.where(l == 0.0, 1.0, l)  # a row without keys: 0 and -inf
     weight = 1.0 / present

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_accel.dispatch.backend import AttentionArgs
-from vllm_accel.kernels.triton.forward import attention_forward
+from vllm_accel.kernels.triton.forward import AHEAD, PLAIN, attention_forward
 from vllm_accel.kernels.triton.launch import Launch
 from vllm_accel.kernels.triton.scores import ADDITIVE, BOOLEAN, NO_BIAS, folds
 from vllm_accel.kernels.triton.tiles import Tile, lookup
@@ -15,6 +15,10 @@ from vllm_accel.kernels.triton.tiles import Tile, lookup
 #: 8192, bf16, 2026-11-23) one head at a time gives 445 TFLOP/s, 5 MB 440, 10 MB 457, 20 MB 462, 40 MB 464, all heads
 #: 461.
 _L2_BYTES = 20 << 20
+
+#: Head sizes, causal or not, for which another form of the kernel was the fastest on an H200 (docs/triton.md). BOTH is
+#: compiled and interpreted, and waits for its first run on a GPU.
+_FORMS = {(128, False): AHEAD, (256, False): AHEAD, (256, True): AHEAD}
 
 
 def padded(head_dim: int) -> int:
@@ -38,6 +42,26 @@ def choose_tile(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *
     return lookup("forward", arch, [*kinds, size])
 
 
+def form_of(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, causal: bool, heavy: bool) -> int:
+    """Return the form of the kernel that a kind of call takes (see `forward`): PLAIN, AHEAD or BOTH.
+
+    BOTH is for tensors that are `describable`, at addresses that are multiples of 16; others take AHEAD instead.
+    """
+    if arch != "sm_90" or dtype is torch.float32 or head_dim != head_dim_v or heavy:
+        return PLAIN
+    return _FORMS.get((head_dim, causal), PLAIN)
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Tell whether TMA can read tensors (..., tokens, heads, size) by their strides: multiples of 16 bytes."""
+    for t in tensors:
+        *outer, tokens, heads, _ = [s if n > 1 else 0 for s, n in zip(t.stride(), t.shape, strict=True)]
+        tokens = t.stride(-3)  # a descriptor has it even where there is one
+        if tokens < t.shape[-1] or any(s * t.element_size() % 16 for s in (*outer, tokens, heads)):
+            return False
+    return True
+
+
 def forward_launch(
     q: Tensor,
     k: Tensor,
@@ -48,6 +72,7 @@ def forward_launch(
     args: AttentionArgs,
     tile: Tile,
     tf32: bool = False,
+    form: int = PLAIN,
 ) -> Launch:
     """Return the launch that writes out and lse.
 
@@ -55,6 +80,7 @@ def forward_launch(
         q, k, v: (B, S, H, D) or packed (T, H, D), innermost stride 1, other strides free.
         out: contiguous, q's shape with Dv. lse: contiguous fp32 (B, H, Sq) or (H, Tq), or None.
         rng: int64 (2,) on the device, exactly with dropout. tf32: products of fp32 inputs may round to TF32.
+        form: what `form_of` says of this kind of call; BOTH where its terms hold.
     """
     varlen = args.cu_seqlens_q is not None
     heads, head_dim = q.shape[-2:]
@@ -82,6 +108,7 @@ def forward_launch(
         "SOFTCAP": args.softcap != 0.0, "ALIBI": alibi, "BIAS": bias_kind,
         "Q_DESCALE": dims[0], "K_DESCALE": dims[1], "V_DESCALE": dims[2],
         "WIDE": reach >= 1 << 31, "PRECISE": q.dtype is torch.float32, "PRECISION": "tf32" if tf32 else "ieee",
+        "FORM": form,
     }  # fmt: skip
     return Launch(
         fn=attention_forward,

@@ -16,10 +16,11 @@ from vllm_accel.backends.triton import BACKEND, TritonAttention
 from vllm_accel.dispatch.backend import AttentionArgs
 from vllm_accel.dispatch.device import PRESETS
 from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
-from vllm_accel.kernels.triton import forward_launch
+from vllm_accel.kernels.triton import forward, forward_launch
 from vllm_accel.kernels.triton.tiles import Tile
 from vllm_accel.testing import CASES, Case, check_backend
 from vllm_accel.testing.conformance import kernel_call
+from vllm_accel.testing.oracle import attention_oracle
 
 # tanh lets exp2 overflow to inf, which is what it wants; NumPy remarks on it.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
@@ -62,26 +63,69 @@ def test_case(case: Case, dtype: torch.dtype) -> None:
 
 EDGES = [(31, 33), (32, 32), (33, 65), (64, 31), (1, 64), (65, 64)]
 MASKS = [{"causal": True}, {}, {"window_size": (32, -1), "causal": True}, {"window_size": (33, 15)}]
+#: Without a window the 16-bit calls of an H200 take another form of the kernel; fp32 never does.
+FORMS = ("PLAIN", "AHEAD", "BOTH")
 
 
+def _take(form: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Let calls with a head size of 16 take a form; return their dtype."""
+    monkeypatch.setattr(forward_launch, "_FORMS", dict.fromkeys([(16, True), (16, False)], getattr(forward, form)))
+    real = forward_launch.forward_launch
+
+    def seen(*args, **kwargs):
+        launch = real(*args, **kwargs)
+        heavy = launch.constexprs["LEFT"] or launch.constexprs["D"] != launch.constexprs["DV"]
+        assert launch.constexprs["FORM"] == (forward.PLAIN if heavy else getattr(forward, form))
+        return launch
+
+    monkeypatch.setattr(forward_launch, "forward_launch", seen)
+    return torch.float32 if form == "PLAIN" else torch.float16
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lengths", EDGES, ids=str)
-def test_lengths_around_the_tile(lengths: tuple[int, int]) -> None:
+def test_lengths_around_the_tile(lengths: tuple[int, int], form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seqlen_q, seqlen_k = lengths
-    for options in MASKS:
+    dtype = _take(form, monkeypatch)
+    for options in MASKS if form == "PLAIN" else MASKS[:2]:
         case = Case(
             f"{options}", "", batch=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, num_heads=1, num_kv_heads=1, head_dim=16,
             head_dim_v=16, options=options, grad=False,
         )  # fmt: skip
-        assert check_backend(BACKEND, case, device=H200, where="cpu").ran
+        assert check_backend(BACKEND, case, dtype=dtype, device=H200, where="cpu").ran
 
 
-def test_packed_lengths_around_the_tile() -> None:
-    for options in MASKS[::2]:
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_lengths_around_the_tile(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype, head_dim_v = _take(form, monkeypatch), 24 if form == "PLAIN" else 16
+    for options in MASKS[::2] if form == "PLAIN" else MASKS[:2]:
         case = Case(
             f"{options}", "", lengths=(*EDGES[:3], (0, 5), (40, 0)), tail=37, num_heads=1, num_kv_heads=1,
-            head_dim=16, head_dim_v=24, options=options, sinks=True, grad=False,
+            head_dim=16, head_dim_v=head_dim_v, options=options, sinks=True, grad=False,
         )  # fmt: skip
-        assert check_backend(BACKEND, case, device=H200, where="cpu").ran
+        assert check_backend(BACKEND, case, dtype=dtype, device=H200, where="cpu").ran
+
+
+def test_what_tma_cannot_read_takes_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of one plan, at an address that is a multiple of 16 bytes and at one that is not."""
+    forms: list[int] = []
+    real = forward_launch.forward_launch
+    monkeypatch.setattr(forward_launch, "_FORMS", {(16, False): forward.BOTH})
+    monkeypatch.setattr(
+        forward_launch,
+        "forward_launch",
+        lambda *a, **k: (made := real(*a, **k), forms.append(made.constexprs["FORM"]))[0],
+    )
+    kernel = _attention(Feature(0), torch.float16, 1, 16)
+    storage = torch.randn(2 * 40 * 16 + 1).half()
+    right, wrong = (storage[i : i + 1280].view(2, 40, 1, 16) for i in (0, 1))
+    args = _args(40, 40)
+    call = kernel.prepare(right, right, right, args)
+    for t in (right, wrong, right):
+        out, _, _ = call(t, t, t, args)
+        want, _ = attention_oracle(t, t, t, softmax_scale=0.25)
+        assert (out - want).abs().max() < 2e-3
+    assert forms == [forward.BOTH, forward.AHEAD]
 
 
 @pytest.mark.parametrize("l2_bytes", [1, 16000])

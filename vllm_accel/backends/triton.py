@@ -41,6 +41,8 @@ _HEAVY = (
 _TENSOR_FIELDS = AttentionArgs._fields.index("max_seqlen_q")
 #: A launch has at most this many blocks along its first axis.
 _MAX_BLOCKS = 2**31 - 1
+#: Forms of the kernel (kernels/triton/forward.py, which imports Triton).
+AHEAD, BOTH = 1, 2
 _LEAST_ROWS = 16  # of a tile: what tl.dot takes
 #: The widest tiles in the tables.
 _MAX_HEAD_DIM, _MAX_PAGED_HEAD_DIM = 256, 512
@@ -166,6 +168,10 @@ class TritonAttention:
             device.arch, spec.dtype, spec.head_dim, spec.head_dim_v,
             causal=Feature.CAUSAL in spec.features, heavy=self._heavy,
         )  # fmt: skip
+        self._form = forward_launch.form_of(
+            device.arch, spec.dtype, spec.head_dim, spec.head_dim_v,
+            causal=Feature.CAUSAL in spec.features, heavy=self._heavy,
+        )  # fmt: skip
         self._fp32_products = spec.dtype is torch.float32 and device.platform == "cuda"
         # Stand in for what a launch is described with before it exists.
         self._lse = torch.empty(0, dtype=torch.float32, device="meta")
@@ -201,12 +207,31 @@ class TritonAttention:
         return forward
 
     def _bind(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, tf32: bool) -> Forward:
+        launches = self._launches
+        if self._form != BOTH or not launches.describable(q, k, v):
+            return self._bind_form(q, k, v, args, tf32, min(self._form, AHEAD))
+        ways: dict[int, Forward] = {}
+
+        def forward(
+            q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs
+        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            form = AHEAD if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15 else BOTH
+            way = ways.get(form)
+            if way is None:  # bound by the call that needs it, as above
+                way = ways[form] = self._bind_form(q, k, v, args, tf32, form)
+            return way(q, k, v, args)
+
+        return forward
+
+    def _bind_form(
+        self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, tf32: bool, form: int
+    ) -> Forward:  # fmt: skip
         lse = self._lse if args.need_lse else None
         rng = self._rng if args.dropout_p else None
         tidy = _tidy(args)
 
         def launch(tile: Tile) -> Launch:
-            made: Launch = self._launches.forward_launch(q, k, v, q, lse, rng, tidy, tile, tf32)
+            made: Launch = self._launches.forward_launch(q, k, v, q, lse, rng, tidy, tile, tf32, form)
             return made
 
         return _prepared(self._bound(made_of=(self._tile, launch)), q, v, args)
