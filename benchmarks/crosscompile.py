@@ -92,6 +92,7 @@ def compile_launch(launch: Launch, arch: str, **options: Any) -> Compiled:
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
     from vllm_accel.kernels.triton.assembling import assembling
+    from vllm_accel.kernels.triton.launch import arguments
 
     if arch not in SHARED_LIMIT:
         raise ValueError(f"{arch!r} is not one of {', '.join(ARCHS)}")
@@ -105,7 +106,7 @@ def compile_launch(launch: Launch, arch: str, **options: Any) -> Compiled:
     with assembling(launch.constexprs, target) as more:
         # The steps of JITFunction.run between its look at the device and its launch.
         bind = create_function_from_signature(fn.signature, fn.params, backend)
-        bound, specialization, rest = bind(*launch.args, **launch.constexprs, **given, **more, debug=False)
+        bound, specialization, rest = bind(*arguments(launch), **launch.constexprs, **given, **more, debug=False)
         parsed, signature, constexprs, attrs = fn._pack_args(backend, rest, bound, specialization, rest)
         source = (GluonASTSource if fn.is_gluon() else ASTSource)(fn, signature, constexprs, attrs)
         kernel = triton_compile(source, target=target, options=parsed.__dict__)

@@ -155,7 +155,7 @@ def test_the_launch_of_a_dense_call() -> None:
     made = forward_launch.forward_launch(q, k, k, q, lse, None, _args(130, 500, causal=True, window_size=(7, 9)), TILE)
     assert made.grid == (3 * 3 * 8, 1, 1)
     names = made.fn.arg_names
-    given = dict(zip(names, made.args, strict=False)) | made.constexprs
+    given = dict(zip(names, launch.arguments(made), strict=False)) | made.constexprs
     assert list(given) == names
     assert (given["left"], given["right"], given["LEFT"], given["RIGHT"]) == (7, 0, True, True)
     assert (given["q_stride_b"], given["k_stride_t"], given["v_stride_h"]) == (130 * 8 * 64, 2 * 64, 64)
@@ -178,7 +178,7 @@ def test_a_bias_is_never_expanded() -> None:
         (1, 4, 64, 64): (0, 4096, 64, 1),
     }.items():
         made = forward_launch.forward_launch(q, q, q, q, None, None, _args(64, 64, attn_bias=_meta(*shape)), TILE)
-        given = dict(zip(made.fn.arg_names, made.args, strict=False))
+        given = dict(zip(made.fn.arg_names, launch.arguments(made), strict=False))
         assert tuple(given[f"bias_stride_{d}"] for d in "bhqk") == strides
 
 

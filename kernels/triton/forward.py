@@ -14,7 +14,7 @@ contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal` or `_he
 
 import triton
 import triton.language as tl
-from vllm_accel.kernels.triton.forward_hopper import attend_hopper
+from vllm_accel.kernels.triton.forward_hopper import attend_hopper, rows_of
 from vllm_accel.kernels.triton.scores import LN2, LOG2E, factor, kept, keys_of_rows, logits, per_head, seen, sequence
 
 #: FORM of a launch: products waited for where they are made; the logits a block ahead of the values; both under way.
@@ -148,7 +148,8 @@ def _clear(
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "batch", "tiles", "together", "left", "right"])
 def attention_forward(
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, attn_bias, sinks, q_descale, k_descale, v_descale, rng,
+    q_tiles, k_tiles, v_tiles, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, attn_bias, sinks,
+    q_descale, k_descale, v_descale, rng,
     softmax_scale, softcap, dropout_p,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k,
@@ -163,6 +164,8 @@ def attention_forward(
     None.
 
     Args:
+        *_tiles: descriptors of (B, heads, S, D) in tiles of BLOCK_M or BLOCK_N rows, with BOTH and without VARLEN; else
+            None.
         tensors: None where not given. rng: two int64, given with dropout.
         seqlen_q, seqlen_k: lengths, or with VARLEN the rows of the packed tensors.
         tiles: blocks of BLOCK_M rows in the longest sequence. together: heads that are scheduled side by side.
@@ -216,8 +219,13 @@ def attention_forward(
     k += h_kv.to(tl.int64) * k_stride_h + first_k * k_stride_t
     v += h_kv.to(tl.int64) * v_stride_h + first_k * v_stride_t
     if FORM == 2:
-        q_tiles = tl.make_tensor_descriptor(q, [len_q - m0, D], [q_stride_t, 1], [BLOCK_M, D])
-        q_tile = q_tiles.load([0, 0])
+        if VARLEN:
+            q_tiles = tl.make_tensor_descriptor(q, [len_q - m0, D], [q_stride_t, 1], [BLOCK_M, D])
+            k_tiles = tl.make_tensor_descriptor(k, [tl.maximum(len_k, 1), D], [k_stride_t, 1], [BLOCK_N, D])
+            v_tiles = tl.make_tensor_descriptor(v, [tl.maximum(len_k, 1), D], [v_stride_t, 1], [BLOCK_N, D])
+            q_tile = rows_of(q_tiles, b, h, 0, BLOCK_M, D, VARLEN)
+        else:
+            q_tile = rows_of(q_tiles, b, h, m0, BLOCK_M, D, VARLEN)
     else:
         q_tile = _tile(q, q_stride_t, len_q - m0, D, BLOCK_D, BLOCK_M, WIDE, True)
 
@@ -243,8 +251,8 @@ def attention_forward(
     first, inner, outer, last = keys_of_rows(m0, len_q, len_k, left, right, BLOCK_M, BLOCK_N, LEFT, RIGHT)
     if FORM == 2:
         acc, m, l = attend_hopper(
-            acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, outer, last, rows, len_q, len_k, scale, right,
-            D, DV, BLOCK_N, RIGHT,
+            acc, m, l, q_tile, k_tiles, v_tiles, b, h_kv, outer, last, rows, len_q, len_k, scale, right,
+            D, BLOCK_N, VARLEN, RIGHT,
         )  # fmt: skip
     elif FORM == 1:
         acc, m, l = _attend_ahead(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from vllm_accel.dispatch.backend import AttentionArgs
-from vllm_accel.kernels.triton.forward import AHEAD, PLAIN, attention_forward
-from vllm_accel.kernels.triton.launch import Launch
+from vllm_accel.kernels.triton.forward import AHEAD, BOTH, PLAIN, attention_forward
+from vllm_accel.kernels.triton.launch import Described, Launch
 from vllm_accel.kernels.triton.scores import ADDITIVE, BOOLEAN, NO_BIAS, folds
 from vllm_accel.kernels.triton.tiles import Tile, lookup
 
@@ -18,7 +18,7 @@ _L2_BYTES = 20 << 20
 
 #: Head sizes, causal or not, for which another form of the kernel was the fastest on an H200 (docs/triton.md). BOTH is
 #: compiled and interpreted, and waits for its first run on a GPU.
-_FORMS = {(128, False): AHEAD, (256, False): AHEAD, (256, True): AHEAD}
+_FORMS = {(128, False): BOTH, (128, True): BOTH, (256, False): AHEAD, (256, True): AHEAD}
 
 
 def padded(head_dim: int) -> int:
@@ -53,13 +53,26 @@ def form_of(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, ca
 
 
 def describable(*tensors: Tensor) -> bool:
-    """Tell whether TMA can read tensors (..., tokens, heads, size) by their strides: multiples of 16 bytes."""
+    """Tell whether TMA can read (..., tokens, heads, size) by its strides: positive multiples of 16 bytes.
+
+    Of dense tensors a dimension of 1 has any stride (`_described`); the kernel describes packed ones as they are.
+    """
     for t in tensors:
-        *outer, tokens, heads, _ = [s if n > 1 else 0 for s, n in zip(t.stride(), t.shape, strict=True)]
-        tokens = t.stride(-3)  # a descriptor has it even where there is one
-        if tokens < t.shape[-1] or any(s * t.element_size() % 16 for s in (*outer, tokens, heads)):
+        dense = t.dim() == 4
+        strides = zip(t.stride()[:-1], t.shape[:-1], strict=True)
+        if not all((dense and n == 1) or (s > 0 and s * t.element_size() % 16 == 0) for s, n in strides):
             return False
     return True
+
+
+def _described(t: Tensor, rows: int) -> Described:
+    """Describe (B, S, heads, D) as (B, heads, S, D) in tiles of some rows."""
+    batch, tokens, heads, size = t.shape
+    shape = [batch, heads, tokens, size]
+    strides = (t.stride(0), t.stride(2), t.stride(1))
+    # The stride of a dimension of 1 is never used, but checked; any valid one does.
+    used = [s if n > 1 else tokens * heads * size for s, n in zip(strides, shape, strict=False)]
+    return shape, [*used, 1], [1, 1, rows, size]
 
 
 def forward_launch(
@@ -110,6 +123,9 @@ def forward_launch(
         "WIDE": reach >= 1 << 31, "PRECISE": q.dtype is torch.float32, "PRECISION": "tf32" if tf32 else "ieee",
         "FORM": form,
     }  # fmt: skip
+    described: tuple[Described | None, ...] = (None, None, None)
+    if form == BOTH and not varlen:
+        described = (_described(q, tile.block_m), _described(k, tile.block_n), _described(v, tile.block_n))
     return Launch(
         fn=attention_forward,
         grid=(tiles * heads * (batch + varlen), 1, 1),
@@ -123,6 +139,7 @@ def forward_launch(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         maxnreg=tile.maxnreg,
+        described=described,
     )  # fmt: skip
 
 

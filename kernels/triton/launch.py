@@ -4,8 +4,8 @@ Triton's ``fn[grid](...)`` costs 20 to 40 us of Python for a kernel with thirty 
 and a cache key from every argument, on every call. A plan knows that nothing of this changes but addresses and a few
 floats, so `Bound` looks the compiled kernel up once and then calls its launcher.
 
-The order of a kernel's parameters here, which makes this possible: tensors (or None), then floats, then
-integers fixed by the shapes, then constexprs.
+The order of a kernel's parameters here, which makes this possible: descriptors for TMA, tensors (or None), then floats,
+then integers fixed by the shapes, then constexprs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import triton
 from triton import knobs
 from triton.runtime import _allocation
 from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_accel.kernels.triton.assembling import assembling
 from vllm_accel.kernels.triton.tiles import Tile, smaller
 
@@ -30,6 +31,20 @@ from vllm_accel.kernels.triton.tiles import Tile, smaller
 #: way.
 _READ = ("3.6.", "3.7.")
 _DIRECT = triton.__version__.startswith(_READ)
+_new = tuple.__new__
+
+
+#: Of a descriptor: shape, strides (the last is 1) and the shape of a tile.
+Described = tuple[list[int], list[int], list[int]]
+
+
+class _Encoded(NamedTuple):
+    """What the launcher reads of a descriptor; a `TensorDescriptor` checks itself for 3 us."""
+
+    base: Tensor
+    shape: list[int]
+    strides: list[int]
+    padding: str = "zero"
 
 
 class Launch(NamedTuple):
@@ -41,6 +56,8 @@ class Launch(NamedTuple):
         args: tensors or None, then floats, then ints, in the order of the kernel's parameters.
         constexprs: the remaining parameters, by name.
         num_warps, num_stages: of the compiler. maxnreg: registers per thread at most, 0 for the compiler's choice.
+        described: how the first of args are described for TMA. The kernel has a parameter for each before those of
+            args; None where it gets no descriptor.
     """
 
     fn: Any
@@ -50,6 +67,13 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
     maxnreg: int = 0
+    described: tuple[Described | None, ...] = ()
+
+
+def arguments(launch: Launch) -> tuple[Any, ...]:
+    """Return what the kernel gets before its constexprs: descriptors, then args."""
+    pairs = zip(launch.args, launch.described, strict=False)
+    return (*[None if how is None else TensorDescriptor(t, *how) for t, how in pairs], *launch.args)
 
 
 def compile_options(launch: Launch) -> dict[str, int]:
@@ -62,9 +86,9 @@ def run(launch: Launch) -> Any:
     """Launch the ordinary way, compiling if need be; return the compiled kernel (None under the interpreter)."""
     options = {**launch.constexprs, **compile_options(launch)}
     if not isinstance(launch.fn, triton.runtime.JITFunction):
-        return launch.fn[launch.grid](*launch.args, **options)
+        return launch.fn[launch.grid](*arguments(launch), **options)
     with assembling(launch.constexprs, triton.runtime.driver.active.get_current_target()) as more, _scratch():
-        return launch.fn[launch.grid](*launch.args, **options, **more)
+        return launch.fn[launch.grid](*arguments(launch), **options, **more)
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -106,7 +130,8 @@ _too_large: set[Any] = set()
 class Bound:
     """A launch whose integers, constexprs and grid stay; tensors of the same kind and floats change from call to call.
 
-    The first call of a kind goes through `run`. Tensors must be on the device of those in the launch and that device
+    The first call of a kind goes through `run`. Those that are described must have addresses that are multiples of 16
+    bytes; either all that a launch could describe are, or none. Tensors must be on the device of those in the launch and that device
     must be current; the current stream is used. While a profiler listens to launches, under the interpreter, and with a
     release of Triton that nobody has read, every call goes through `run`.
 
@@ -117,8 +142,8 @@ class Bound:
     """
 
     __slots__ = (
-        "_by_alignment", "_direct", "_fixed", "_grid", "_index", "_kind", "_launch", "_made_of", "_present",
-        "_stream_of",
+        "_by_alignment", "_direct", "_encoded", "_fixed", "_grid", "_index", "_kind", "_launch", "_made_of", "_nothing",
+        "_present", "_stream_of",
     )  # fmt: skip
 
     def __init__(
@@ -148,7 +173,10 @@ class Bound:
         self._index = device.index or 0
         self._present = [i for i in range(tensors) if args[i] is not None]
         constants = launch.constexprs
-        self._fixed = (*args[values:], *[constants[name] for name in launch.fn.arg_names[len(args) :]])
+        names = launch.fn.arg_names[len(launch.described) + len(args) :]
+        self._fixed = (*args[values:], *[constants[name] for name in names])
+        self._encoded = [how[:2] for how in launch.described if how is not None]
+        self._nothing = (None,) * (len(launch.described) - len(self._encoded))
         self._direct = _goes_direct(launch.fn, device)
         if self._direct:
             self._stream_of = triton.runtime.driver.active.get_current_stream
@@ -176,9 +204,12 @@ class Bound:
             self._first(tensors, values, misaligned)
             return
         launcher, function, metadata = compiled
+        lead: Any = self._nothing
+        if self._encoded:
+            lead = [_new(_Encoded, (t, *how, "zero")) for t, how in zip(tensors, self._encoded, strict=False)]
         launcher(
             *self._grid, self._stream_of(self._index), function, metadata, None, None, None,
-            *addresses, *values, *self._fixed,
+            *lead, *addresses, *values, *self._fixed,
         )  # fmt: skip
 
     def _first(self, tensors: Sequence[Tensor | None], values: tuple[float, ...], misaligned: int) -> None:
