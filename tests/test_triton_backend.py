@@ -273,6 +273,25 @@ def test_a_bound_launch_goes_straight_to_the_compiled_kernel_from_the_second_cal
     ]
 
 
+def test_descriptors_come_before_the_arguments(stub: Stub) -> None:
+    """Made of the tensors of the call, and checked in the first one only; a launch without them passes None."""
+    stub.arg_names = ["x_tiles", *stub.arg_names]
+    x, y = torch.zeros(4, 16), torch.zeros(4, 16)
+    how = ([4, 16], [16, 1], [2, 16])
+    bound = Bound(_launch(stub, x, x)._replace(described=(how,)))
+    for t in (x, y):
+        bound((t, None, x), (0.5,))
+    first = stub.ordinary[0][1]
+    assert (first[0].base is x, first[0].shape, first[0].block_shape) == (True, [4, 16], [2, 16]) and first[1] is x
+    lead, *rest = stub.direct[0][9:]
+    assert lead.base is y and (lead.shape, lead.strides, lead.padding) == ([4, 16], [16, 1], "zero")
+    assert rest == [y.data_ptr(), None, x.data_ptr(), 0.5, 48, 3, 64, True]
+    bound = Bound(_launch(stub, x, x, block=32)._replace(described=(None,)))
+    for _ in range(2):
+        bound((x, None, x), (0.5,))
+    assert stub.ordinary[1][1][:2] == (None, x) and stub.direct[1][9:11] == (None, x.data_ptr())
+
+
 def test_plans_of_one_kind_share_what_was_compiled_and_others_do_not(stub: Stub) -> None:
     x = torch.zeros(8)
     Bound(_launch(stub, x, x))((x, None, x), (0.5,))

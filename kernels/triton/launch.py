@@ -130,10 +130,10 @@ _too_large: set[Any] = set()
 class Bound:
     """A launch whose integers, constexprs and grid stay; tensors of the same kind and floats change from call to call.
 
-    The first call of a kind goes through `run`. Those that are described must have addresses that are multiples of 16
-    bytes; either all that a launch could describe are, or none. Tensors must be on the device of those in the launch and that device
-    must be current; the current stream is used. While a profiler listens to launches, under the interpreter, and with a
-    release of Triton that nobody has read, every call goes through `run`.
+    The first call of a kind goes through `run`. Tensors must be on the device of those in the launch and that device
+    must be current; the current stream is used. Tensors that are described must have addresses that are multiples of 16
+    bytes; a launch has all its descriptors or none. While a profiler listens to launches, under the interpreter, and
+    with a release of Triton that nobody has read, every call goes through `run`.
 
     Args:
         launch: the launch; may be left out with made_of, a tile and what makes the launch of it. Where the device has
