@@ -159,11 +159,17 @@ def test_the_values_are_added_beside_the_next_softmax() -> None:
     [(128, False), (64, False), *[pytest.param(d, True, marks=pytest.mark.slow) for d in (64, 128)]],
 )
 def test_both_products_run_beside_the_softmax(head_dim: int, varlen: bool) -> None:
-    """Three products in the loop without masks, and one wait, at the one with zeros. Where ptxas cannot tell that this
-    is safe it waits after every instruction of every product (its notes C7510 to C7515)."""
+    """Three products in the loop without masks, and one wait, at the smallest, after the exponentials. Where ptxas cannot
+    tell that this is safe it waits after every instruction of every product (its notes C7510 to C7515)."""
     tile = Tile(128, head_dim, 8, 2)
     compiled = compile_launch(_launch(Kernel("sm_90", head_dim), varlen=varlen, tile=tile, form=BOTH), "sm_90")
+    assert_fits(compiled, "sm_90")
     loops = [text.split("scf.yield")[0] for text in compiled.ttgir.split("scf.for ")[1:]]
     products = [re.findall(r"warp_group_dot(?:_wait)?\b", text) for text in loops]
     assert ["warp_group_dot", "warp_group_dot_wait", "warp_group_dot", "warp_group_dot"] in products
     assert compiled.sass.count("WARPGROUP.DEPBAR") < compiled.instructions["HGMMA"] / 4
+    waits_once = [t for t in _loops(compiled.sass) if t.count("WARPGROUP.DEPBAR") == 1 and "MUFU.EX2" in t]
+    found = re.findall(r"MUFU\.EX2|HGMMA|WARPGROUP\.DEPBAR", min(waits_once, key=len))
+    before, after = found[: found.index("WARPGROUP.DEPBAR")], found[found.index("WARPGROUP.DEPBAR") :]
+    assert before == ["MUFU.EX2"] * (head_dim // 2) + ["HGMMA"]  # of the weights
+    assert after.count("MUFU.EX2") == 2 and after.count("HGMMA") == head_dim // 8  # of the maxima; both products
