@@ -120,16 +120,15 @@ def test_few_kinds_of_call_take_another_form_of_the_kernel() -> None:
     def form(gpu: str, **changes: Any) -> int:
         return BACKEND.bind(dataclasses.replace(plain, **changes), PRESETS[gpu])._form
 
-    assert (adapter.AHEAD, adapter.BOTH) == (forward.AHEAD, forward.BOTH)
-    full = {"features": Feature.SINKS}
-    assert form("h200", **full) == form("h200", head_dim=256, head_dim_v=256) == forward.AHEAD
-    assert form("h200") == form("h200", head_dim=64, head_dim_v=64) == forward.PLAIN
+    assert adapter.TMA == forward.TMA
+    assert form("h200") == form("h200", head_dim=64, head_dim_v=64) == forward.TMA
+    assert form("h200", head_dim=256, head_dim_v=256) == forward.AHEAD
     for changes in (
         {"dtype": torch.float32}, {"head_dim": 32, "head_dim_v": 32}, {"head_dim_v": 64},
         {"features": Feature.WINDOW_LEFT}, {"features": Feature.Q_DESCALE},
     ):  # fmt: skip
-        assert form("h200", **{**full, **changes}) == forward.PLAIN, changes
-    assert form("a100", **full) == form("b200", **full) == forward.PLAIN
+        assert form("h200", **changes) == forward.PLAIN, changes
+    assert form("a100") == form("b200") == forward.PLAIN
 
 
 @pytest.mark.parametrize(
@@ -138,6 +137,8 @@ def test_few_kinds_of_call_take_another_form_of_the_kernel() -> None:
         (lambda: torch.zeros(1, 64, 3, 4, 128, dtype=torch.bfloat16)[:, :, 0], True),  # packed q, k, v
         (lambda: torch.zeros(1, 64, 4, 132, dtype=torch.bfloat16)[..., :128], False),  # heads 264 bytes apart
         (lambda: torch.zeros(1, 1, 4, 128, dtype=torch.bfloat16).expand(1, 64, 4, 128), False),
+        (lambda: torch.zeros(1, 1, 4, 128, dtype=torch.bfloat16)[:, :, :1], True),
+        (lambda: torch.zeros(1, 4, 129, dtype=torch.bfloat16)[..., :128], False),  # described in the kernel
     ],
 )
 def test_what_descriptors_can_read(make: Callable[[], torch.Tensor], expected: bool) -> None:

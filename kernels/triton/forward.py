@@ -4,9 +4,11 @@ Milakov and Gimelshein 2018 (online softmax), Dao 2023 (FlashAttention-2: one pr
 walks the keys that its rows see in up to three loops: the left edge of a window, the interior, where nothing is masked,
 and the right edge (the diagonal, or the end of the keys). See `scores` for the logits.
 
-On Hopper a product runs while its warps compute, and two forms of the loop use that (Shah et al. 2024,
-FlashAttention-3, section 3.2). With AHEAD one loop takes the logits of the next block before it adds the values of this
-one, so that this product is under way during the next softmax. BOTH has the logits under way too (`forward_hopper`).
+On Hopper there are two forms more (`FORM`). TMA brings q, k and v through descriptors: no registers for pointers, and
+one thread asks for a tile. Dense calls get them from the launch; those of packed sequences are made in the kernel, so
+that each ends with its sequence: numbers past the end, which may be NaN, must not meet weights of 0. With AHEAD one loop
+takes the logits of the next block before it adds the values of this one, so that this product is under way during the
+next softmax (Shah et al. 2024, FlashAttention-3, section 3.2).
 
 Layouts: q, k, v (B, S, heads, D) or packed (T, heads, D) with cu_seqlens, any strides with the innermost 1; out and lse
 contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal` or `_heavy` where those differ.
@@ -14,11 +16,10 @@ contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal` or `_he
 
 import triton
 import triton.language as tl
-from vllm_accel.kernels.triton.forward_hopper import attend_hopper, rows_of
 from vllm_accel.kernels.triton.scores import LN2, LOG2E, factor, kept, keys_of_rows, logits, per_head, seen, sequence
 
-#: FORM of a launch: products waited for where they are made; the logits a block ahead of the values; both under way.
-PLAIN, AHEAD, BOTH = 0, 1, 2
+#: FORM of a launch: a sum of these.
+PLAIN, AHEAD, TMA = 0, 1, 2
 
 
 @triton.jit
@@ -43,6 +44,19 @@ def _tile(pointer, stride, count, SIZE: tl.constexpr, WIDTH: tl.constexpr, N: tl
 
 
 @triton.jit
+def _block(tiles, pointer, stride, b, h, n0, count, SIZE: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
+           WIDE: tl.constexpr, CHECK: tl.constexpr, VARLEN: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
+    """Load N rows of a sequence from `n0` on, of `count` that exist. Where a descriptor ends there are zeros."""
+    if FORM >= 2:
+        if VARLEN:
+            return tiles.load([n0, 0])
+        else:
+            return tiles.load([b, h, n0, 0]).reshape(N, SIZE)
+    else:
+        return _tile(pointer + n0.to(tl.int64) * stride, stride, count - n0, SIZE, WIDTH, N, WIDE, CHECK)
+
+
+@triton.jit
 def _softmax(s, m, l, multiplier, EMPTY: tl.constexpr):
     """Return (p, alpha, m, l): weights of a block of logits, the factor of what was summed before, the new maximum
     (base 2) and denominator. EMPTY: a row may have met no key yet."""
@@ -58,20 +72,21 @@ def _softmax(s, m, l, multiplier, EMPTY: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, m, l, q, k, v, k_stride_t, v_stride_t, begin, end, rows, len_q, len_k, scale, softcap, slope, bias,
+    acc, m, l, q, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h, begin, end, rows, len_q, len_k, scale, softcap, slope, bias,
     bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     FOLD: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     WIDE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Take the keys ``begin .. end`` into the running accumulator, maximum (base 2) and denominator of the rows."""
     cols = tl.arange(0, BLOCK_N)
     multiplier = factor(scale, FOLD)
     for n0 in range(begin, end, BLOCK_N):
         n0 = tl.multiple_of(n0, BLOCK_N)
-        start = n0.to(tl.int64)
-        k_tile = _tile(k + start * k_stride_t, k_stride_t, len_k - n0, D, BLOCK_D, BLOCK_N, WIDE, MASKED)
+        k_tile = _block(
+            k_tiles, k, k_stride_t, b, h, n0, len_k, D, BLOCK_D, BLOCK_N, WIDE, MASKED, VARLEN, FORM
+        )  # fmt: skip
         s = tl.dot(q, k_tile.T, input_precision=PRECISION)
         s = logits(
             s, rows[:, None], n0 + cols[None, :], len_q, len_k, scale, softcap, slope, bias, bias_stride_q,
@@ -81,16 +96,18 @@ def _attend(
         acc = acc * alpha[:, None]
         if rng is not None:
             p = tl.where(kept(rng, sequence_head, rows[:, None], n0 + cols[None, :], dropout_p), p, 0.0)
-        v_tile = _tile(v + start * v_stride_t, v_stride_t, len_k - n0, DV, BLOCK_DV, BLOCK_N, WIDE, MASKED)
+        v_tile = _block(
+            v_tiles, v, v_stride_t, b, h, n0, len_k, DV, BLOCK_DV, BLOCK_N, WIDE, MASKED, VARLEN, FORM
+        )  # fmt: skip
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
     return acc, m, l
 
 
 @triton.jit
 def _attend_ahead(
-    acc, m, l, q, k, v, k_stride_t, v_stride_t, outer, last, rows, len_q, len_k, scale, right,
+    acc, m, l, q, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h, outer, last, rows, len_q, len_k, scale, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    WIDE: tl.constexpr, RIGHT: tl.constexpr,
+    WIDE: tl.constexpr, RIGHT: tl.constexpr, VARLEN: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Take the keys ``0 .. last`` into the rows, masked from `outer` on, the logits one block ahead of the values.
 
@@ -100,7 +117,10 @@ def _attend_ahead(
     """
     cols = tl.arange(0, BLOCK_N)
     multiplier = factor(scale, True)
-    k_tile = _tile(k, k_stride_t, len_k, D, BLOCK_D, BLOCK_N, WIDE, True)  # under way together with q
+    zero = tl.full([], 0, tl.int32)
+    k_tile = _block(  # under way together with q
+        k_tiles, k, k_stride_t, b, h, zero, len_k, D, BLOCK_D, BLOCK_N, WIDE, True, VARLEN, FORM
+    )  # fmt: skip
     s = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
     if last > 0:
         s = tl.dot(q, k_tile.T)
@@ -112,10 +132,13 @@ def _attend_ahead(
             s = tl.where(inside, s, float("-inf"))
         p, alpha, m, l = _softmax(s, m, l, multiplier, RIGHT)
         p = p.to(q.dtype)
-        n1 = n0 + BLOCK_N
-        k_tile = _tile(k + n1.to(tl.int64) * k_stride_t, k_stride_t, len_k - n1, D, BLOCK_D, BLOCK_N, WIDE, True)
+        k_tile = _block(
+            k_tiles, k, k_stride_t, b, h, n0 + BLOCK_N, len_k, D, BLOCK_D, BLOCK_N, WIDE, True, VARLEN, FORM
+        )  # fmt: skip
         s = tl.dot(q, k_tile.T)
-        v_tile = _tile(v + n0.to(tl.int64) * v_stride_t, v_stride_t, len_k - n0, DV, BLOCK_DV, BLOCK_N, WIDE, True)
+        v_tile = _block(
+            v_tiles, v, v_stride_t, b, h, n0, len_k, DV, BLOCK_DV, BLOCK_N, WIDE, True, VARLEN, FORM
+        )  # fmt: skip
         acc = acc * alpha[:, None]
         acc = tl.dot(p, v_tile, acc)
     if last > 0:
@@ -123,8 +146,9 @@ def _attend_ahead(
             inside = seen(rows[:, None], final + cols[None, :], len_q, len_k, 0, right, False, RIGHT)
             s = tl.where(inside, s, float("-inf"))
         p, alpha, m, l = _softmax(s, m, l, multiplier, RIGHT)
-        start = final.to(tl.int64)
-        v_tile = _tile(v + start * v_stride_t, v_stride_t, len_k - final, DV, BLOCK_DV, BLOCK_N, WIDE, True)
+        v_tile = _block(
+            v_tiles, v, v_stride_t, b, h, final, len_k, DV, BLOCK_DV, BLOCK_N, WIDE, True, VARLEN, FORM
+        )  # fmt: skip
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(q.dtype), v_tile, acc)
     return acc, m, l
@@ -164,16 +188,16 @@ def attention_forward(
     None.
 
     Args:
-        *_tiles: descriptors of (B, heads, S, D) in tiles of BLOCK_M or BLOCK_N rows, with BOTH and without VARLEN; else
+        *_tiles: descriptors of (B, heads, S, D) in tiles of BLOCK_M or BLOCK_N rows, with TMA and without VARLEN; else
             None.
         tensors: None where not given. rng: two int64, given with dropout.
         seqlen_q, seqlen_k: lengths, or with VARLEN the rows of the packed tensors.
         tiles: blocks of BLOCK_M rows in the longest sequence. together: heads that are scheduled side by side.
         left, right: window, read only with LEFT and RIGHT. ALIBI: 0, or dimensions of the slopes.
         *_DESCALE: dimensions of the factor (0, 1, 2). WIDE: offsets within a tile need 64 bits.
-        PRECISION: of fp32 products. PRECISE: see `scores.tanh`. FORM: AHEAD and BOTH are for 16-bit numbers, heads that
-            fill their tiles, FOLD, and no option but RIGHT, sinks and the descale of v; BOTH for q, k and v that TMA
-            can read (`forward_launch.describable`).
+        PRECISION: of fp32 products. PRECISE: see `scores.tanh`. FORM: TMA and AHEAD are for 16-bit numbers, heads that
+            fill their tiles, FOLD, and no option but RIGHT, sinks and the descale of v; TMA for q, k and v that it can
+            read (`forward_launch.describable`).
     """
     # Program -> (tile, head): `together` heads at a time, whose keys fit the L2 cache, and among those the tiles
     # with the most keys first, so that the last programs to run are short ones.
@@ -218,14 +242,14 @@ def attention_forward(
     q += h.to(tl.int64) * q_stride_h + (first_q + m0) * q_stride_t
     k += h_kv.to(tl.int64) * k_stride_h + first_k * k_stride_t
     v += h_kv.to(tl.int64) * v_stride_h + first_k * v_stride_t
-    if FORM == 2:
+    if FORM >= 2:
         if VARLEN:
             q_tiles = tl.make_tensor_descriptor(q, [len_q - m0, D], [q_stride_t, 1], [BLOCK_M, D])
             k_tiles = tl.make_tensor_descriptor(k, [tl.maximum(len_k, 1), D], [k_stride_t, 1], [BLOCK_N, D])
             v_tiles = tl.make_tensor_descriptor(v, [tl.maximum(len_k, 1), D], [v_stride_t, 1], [BLOCK_N, D])
-            q_tile = rows_of(q_tiles, b, h, 0, BLOCK_M, D, VARLEN)
+            q_tile = q_tiles.load([0, 0])
         else:
-            q_tile = rows_of(q_tiles, b, h, m0, BLOCK_M, D, VARLEN)
+            q_tile = q_tiles.load([b, h, m0, 0]).reshape(BLOCK_M, D)
     else:
         q_tile = _tile(q, q_stride_t, len_q - m0, D, BLOCK_D, BLOCK_M, WIDE, True)
 
@@ -249,33 +273,30 @@ def attention_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     first, inner, outer, last = keys_of_rows(m0, len_q, len_k, left, right, BLOCK_M, BLOCK_N, LEFT, RIGHT)
-    if FORM == 2:
-        acc, m, l = attend_hopper(
-            acc, m, l, q_tile, k_tiles, v_tiles, b, h_kv, outer, last, rows, len_q, len_k, scale, right,
-            D, BLOCK_N, VARLEN, RIGHT,
-        )  # fmt: skip
-    elif FORM == 1:
+    if FORM % 2 == 1:
         acc, m, l = _attend_ahead(
-            acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, outer, last, rows, len_q, len_k, scale, right,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, WIDE, RIGHT,
+            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h_kv, outer, last, rows, len_q, len_k,
+            scale, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, WIDE, RIGHT, VARLEN, FORM,
         )  # fmt: skip
     else:
         if LEFT:
             acc, m, l = _attend(
-                acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, first, inner, rows, len_q, len_k, scale, softcap,
-                slope, attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
+                acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h_kv, first, inner, rows, len_q, len_k,
+                scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT,
-                True,
+                True, VARLEN, FORM,
             )  # fmt: skip
         acc, m, l = _attend(
-            acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, inner, outer, rows, len_q, len_k, scale, softcap, slope,
-            attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT, False,
+            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h_kv, inner, outer, rows, len_q, len_k,
+            scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT,
+            False, VARLEN, FORM,
         )  # fmt: skip
         acc, m, l = _attend(
-            acc, m, l, q_tile, k, v, k_stride_t, v_stride_t, outer, last, rows, len_q, len_k, scale, softcap, slope,
-            attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT, True,
+            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h_kv, outer, last, rows, len_q, len_k,
+            scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT,
+            True, VARLEN, FORM,
         )  # fmt: skip
 
     present = tl.where(l == 0.0, 1.0, l)  # a row without keys: 0 and -inf

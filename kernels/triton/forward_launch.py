@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_accel.dispatch.backend import AttentionArgs
-from vllm_accel.kernels.triton.forward import AHEAD, BOTH, PLAIN, attention_forward
+from vllm_accel.kernels.triton.forward import AHEAD, PLAIN, TMA, attention_forward
 from vllm_accel.kernels.triton.launch import Described, Launch
 from vllm_accel.kernels.triton.scores import ADDITIVE, BOOLEAN, NO_BIAS, folds
 from vllm_accel.kernels.triton.tiles import Tile, lookup
@@ -16,9 +16,8 @@ from vllm_accel.kernels.triton.tiles import Tile, lookup
 #: 461.
 _L2_BYTES = 20 << 20
 
-#: Head sizes, causal or not, for which another form of the kernel was the fastest on an H200 (docs/triton.md). BOTH is
-#: compiled and interpreted, and waits for its first run on a GPU.
-_FORMS = {(128, False): BOTH, (128, True): BOTH, (256, False): AHEAD, (256, True): AHEAD}
+#: Head sizes for which another form of the kernel was the fastest on an H200 (docs/triton.md).
+_FORMS = {64: TMA, 128: TMA, 256: AHEAD}
 
 
 def padded(head_dim: int) -> int:
@@ -42,14 +41,14 @@ def choose_tile(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *
     return lookup("forward", arch, [*kinds, size])
 
 
-def form_of(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, causal: bool, heavy: bool) -> int:
-    """Return the form of the kernel that a kind of call takes (see `forward`): PLAIN, AHEAD or BOTH.
+def form_of(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, heavy: bool) -> int:
+    """Return the form of the kernel that a kind of call takes (see `forward`).
 
-    BOTH is for tensors that are `describable`, at addresses that are multiples of 16; others take AHEAD instead.
+    TMA is for tensors that are `describable`, at addresses that are multiples of 16; others do without.
     """
     if arch != "sm_90" or dtype is torch.float32 or head_dim != head_dim_v or heavy:
         return PLAIN
-    return _FORMS.get((head_dim, causal), PLAIN)
+    return _FORMS.get(head_dim, PLAIN)
 
 
 def describable(*tensors: Tensor) -> bool:
@@ -93,7 +92,7 @@ def forward_launch(
         q, k, v: (B, S, H, D) or packed (T, H, D), innermost stride 1, other strides free.
         out: contiguous, q's shape with Dv. lse: contiguous fp32 (B, H, Sq) or (H, Tq), or None.
         rng: int64 (2,) on the device, exactly with dropout. tf32: products of fp32 inputs may round to TF32.
-        form: what `form_of` says of this kind of call; BOTH where its terms hold.
+        form: what `form_of` says of this kind of call; TMA where its terms hold.
     """
     varlen = args.cu_seqlens_q is not None
     heads, head_dim = q.shape[-2:]
@@ -124,7 +123,7 @@ def forward_launch(
         "FORM": form,
     }  # fmt: skip
     described: tuple[Described | None, ...] = (None, None, None)
-    if form == BOTH and not varlen:
+    if form & TMA and not varlen:
         described = (_described(q, tile.block_m), _described(k, tile.block_n), _described(v, tile.block_n))
     return Launch(
         fn=attention_forward,

@@ -64,12 +64,12 @@ def test_case(case: Case, dtype: torch.dtype) -> None:
 EDGES = [(31, 33), (32, 32), (33, 65), (64, 31), (1, 64), (65, 64)]
 MASKS = [{"causal": True}, {}, {"window_size": (32, -1), "causal": True}, {"window_size": (33, 15)}]
 #: Without a window the 16-bit calls of an H200 take another form of the kernel; fp32 never does.
-FORMS = ("PLAIN", "AHEAD", "BOTH")
+FORMS = ("PLAIN", "AHEAD", "TMA")
 
 
 def _take(form: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Let calls with a head size of 16 take a form; return their dtype."""
-    monkeypatch.setattr(forward_launch, "_FORMS", dict.fromkeys([(16, True), (16, False)], getattr(forward, form)))
+    monkeypatch.setattr(forward_launch, "_FORMS", {16: getattr(forward, form)})
     real = forward_launch.forward_launch
 
     def seen(*args, **kwargs):
@@ -110,7 +110,7 @@ def test_what_tma_cannot_read_takes_pointers(monkeypatch: pytest.MonkeyPatch) ->
     """Calls of one plan, at an address that is a multiple of 16 bytes and at one that is not."""
     forms: list[int] = []
     real = forward_launch.forward_launch
-    monkeypatch.setattr(forward_launch, "_FORMS", {(16, False): forward.BOTH})
+    monkeypatch.setattr(forward_launch, "_FORMS", {16: forward.TMA})
     monkeypatch.setattr(
         forward_launch,
         "forward_launch",
@@ -125,7 +125,7 @@ def test_what_tma_cannot_read_takes_pointers(monkeypatch: pytest.MonkeyPatch) ->
         out, _, _ = call(t, t, t, args)
         want, _ = attention_oracle(t, t, t, softmax_scale=0.25)
         assert (out - want).abs().max() < 2e-3
-    assert forms == [forward.BOTH, forward.AHEAD]
+    assert forms == [forward.TMA, forward.PLAIN]
 
 
 @pytest.mark.parametrize("l2_bytes", [1, 16000])

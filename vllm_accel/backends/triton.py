@@ -41,8 +41,8 @@ _HEAVY = (
 _TENSOR_FIELDS = AttentionArgs._fields.index("max_seqlen_q")
 #: A launch has at most this many blocks along its first axis.
 _MAX_BLOCKS = 2**31 - 1
-#: Forms of the kernel (kernels/triton/forward.py, which imports Triton).
-AHEAD, BOTH = 1, 2
+#: Of the forms of the kernel (kernels/triton/forward.py, which imports Triton): it reads through descriptors.
+TMA = 2
 _LEAST_ROWS = 16  # of a tile: what tl.dot takes
 #: The widest tiles in the tables.
 _MAX_HEAD_DIM, _MAX_PAGED_HEAD_DIM = 256, 512
@@ -169,8 +169,7 @@ class TritonAttention:
             causal=Feature.CAUSAL in spec.features, heavy=self._heavy,
         )  # fmt: skip
         self._form = forward_launch.form_of(
-            device.arch, spec.dtype, spec.head_dim, spec.head_dim_v,
-            causal=Feature.CAUSAL in spec.features, heavy=self._heavy,
+            device.arch, spec.dtype, spec.head_dim, spec.head_dim_v, heavy=self._heavy
         )  # fmt: skip
         self._fp32_products = spec.dtype is torch.float32 and device.platform == "cuda"
         # Stand in for what a launch is described with before it exists.
@@ -208,14 +207,16 @@ class TritonAttention:
 
     def _bind(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, tf32: bool) -> Forward:
         launches = self._launches
-        if self._form != BOTH or not launches.describable(q, k, v):
-            return self._bind_form(q, k, v, args, tf32, min(self._form, AHEAD))
+        if not self._form & TMA or not launches.describable(q, k, v):
+            return self._bind_form(q, k, v, args, tf32, self._form & ~TMA)
         ways: dict[int, Forward] = {}
 
         def forward(
             q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs
         ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            form = AHEAD if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15 else BOTH
+            form = self._form
+            if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+                form &= ~TMA
             way = ways.get(form)
             if way is None:  # bound by the call that needs it, as above
                 way = ways[form] = self._bind_form(q, k, v, args, tf32, form)
