@@ -22,7 +22,6 @@ from vllm_accel.kernels.triton import toolchain
 
 #: Constexprs of the attention kernels that make them large.
 _OPTIONS = ("LEFT", "SOFTCAP", "ALIBI", "BIAS")
-_AHEAD = 1  # of FORM, see `forward`
 
 #: The choice is a setting of the process: one thread at a time has it changed.
 _changed = threading.RLock()
@@ -55,8 +54,6 @@ def _usual(constexprs: Mapping[str, Any]) -> bool:
         return True
     heads = [constexprs.get(a, constexprs.get(b)) for a, b in (("D", "HEAD_DIM"), ("DV", "HEAD_DIM_V"))]
     fills = heads == [constexprs["BLOCK_D"], constexprs["BLOCK_DV"]]
-    if constexprs.get("FORM") == _AHEAD:  # 4 and 9 percent faster with 12.9.86 (docs/triton.md)
-        return False
     return fills and "PAGE" not in constexprs and not any(map(constexprs.get, _OPTIONS))
 
 

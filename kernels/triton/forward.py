@@ -4,11 +4,12 @@ Milakov and Gimelshein 2018 (online softmax), Dao 2023 (FlashAttention-2: one pr
 walks the keys that its rows see in up to three loops: the left edge of a window, the interior, where nothing is masked,
 and the right edge (the diagonal, or the end of the keys). See `scores` for the logits.
 
-On Hopper there are two forms more (`FORM`). TMA brings q, k and v through descriptors: no registers for pointers, and
-one thread asks for a tile. Dense calls get them from the launch; those of packed sequences are made in the kernel, so
-that each ends with its sequence: numbers past the end, which may be NaN, must not meet weights of 0. With AHEAD one loop
-takes the logits of the next block before it adds the values of this one, so that this product is under way during the
-next softmax (Shah et al. 2024, FlashAttention-3, section 3.2).
+On Hopper there are other forms (`FORM`). With TMA tiles come through descriptors that the launch made: that takes no
+registers for pointers, and one thread asks for a whole tile. A descriptor ends with the tensor; past the end of a packed
+sequence is the next one, or what was never written. Keys from there get a mask, but a value may be NaN, which a weight
+of 0 does not silence, so the last values of a packed sequence come by pointers. With AHEAD one loop takes the logits of
+the next block before it adds the values of this one, so that this product is under way during the next softmax (Shah et
+al. 2024, FlashAttention-3, section 3.2).
 
 Layouts: q, k, v (B, S, heads, D) or packed (T, heads, D) with cu_seqlens, any strides with the innermost 1; out and lse
 contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal` or `_heavy` where those differ.
@@ -44,14 +45,12 @@ def _tile(pointer, stride, count, SIZE: tl.constexpr, WIDTH: tl.constexpr, N: tl
 
 
 @triton.jit
-def _block(tiles, pointer, stride, b, h, n0, count, SIZE: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
-           WIDE: tl.constexpr, CHECK: tl.constexpr, VARLEN: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
-    """Load N rows of a sequence from `n0` on, of `count` that exist. Where a descriptor ends there are zeros."""
-    if FORM >= 2:
-        if VARLEN:
-            return tiles.load([n0, 0])
-        else:
-            return tiles.load([b, h, n0, 0]).reshape(N, SIZE)
+def _block(tiles, pointer, stride, b, h, first, n0, count, SIZE: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
+           WIDE: tl.constexpr, CHECK: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """Load N rows of a sequence from `n0` on, of `count` that exist; with TMA by a descriptor (B, heads, S, D), where
+    the sequence has its first row in `first`."""
+    if TMA:
+        return tiles.load([b, h, first + n0, 0]).reshape(N, SIZE)
     else:
         return _tile(pointer + n0.to(tl.int64) * stride, stride, count - n0, SIZE, WIDTH, N, WIDE, CHECK)
 
@@ -72,12 +71,12 @@ def _softmax(s, m, l, multiplier, EMPTY: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, m, l, q, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h, begin, end, rows, len_q, len_k, scale, softcap, slope, bias,
+    acc, m, l, q, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h, first, begin, end, rows, len_q, len_k, scale, softcap, slope, bias,
     bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     FOLD: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     WIDE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, FORM: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Take the keys ``begin .. end`` into the running accumulator, maximum (base 2) and denominator of the rows."""
     cols = tl.arange(0, BLOCK_N)
@@ -85,7 +84,7 @@ def _attend(
     for n0 in range(begin, end, BLOCK_N):
         n0 = tl.multiple_of(n0, BLOCK_N)
         k_tile = _block(
-            k_tiles, k, k_stride_t, b, h, n0, len_k, D, BLOCK_D, BLOCK_N, WIDE, MASKED, VARLEN, FORM
+            k_tiles, k, k_stride_t, b, h, first, n0, len_k, D, BLOCK_D, BLOCK_N, WIDE, MASKED, TMA
         )  # fmt: skip
         s = tl.dot(q, k_tile.T, input_precision=PRECISION)
         s = logits(
@@ -97,7 +96,8 @@ def _attend(
         if rng is not None:
             p = tl.where(kept(rng, sequence_head, rows[:, None], n0 + cols[None, :], dropout_p), p, 0.0)
         v_tile = _block(
-            v_tiles, v, v_stride_t, b, h, n0, len_k, DV, BLOCK_DV, BLOCK_N, WIDE, MASKED, VARLEN, FORM
+            v_tiles, v, v_stride_t, b, h, first, n0, len_k, DV, BLOCK_DV, BLOCK_N, WIDE, MASKED,
+            TMA and not (VARLEN and MASKED),
         )  # fmt: skip
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
     return acc, m, l
@@ -105,9 +105,9 @@ def _attend(
 
 @triton.jit
 def _attend_ahead(
-    acc, m, l, q, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h, outer, last, rows, len_q, len_k, scale, right,
+    acc, m, l, q, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h, first, outer, last, rows, len_q, len_k, scale, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    WIDE: tl.constexpr, RIGHT: tl.constexpr, VARLEN: tl.constexpr, FORM: tl.constexpr,
+    WIDE: tl.constexpr, RIGHT: tl.constexpr, VARLEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Take the keys ``0 .. last`` into the rows, masked from `outer` on, the logits one block ahead of the values.
 
@@ -119,7 +119,7 @@ def _attend_ahead(
     multiplier = factor(scale, True)
     zero = tl.full([], 0, tl.int32)
     k_tile = _block(  # under way together with q
-        k_tiles, k, k_stride_t, b, h, zero, len_k, D, BLOCK_D, BLOCK_N, WIDE, True, VARLEN, FORM
+        k_tiles, k, k_stride_t, b, h, first, zero, len_k, D, BLOCK_D, BLOCK_N, WIDE, True, TMA
     )  # fmt: skip
     s = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
     if last > 0:
@@ -133,11 +133,11 @@ def _attend_ahead(
         p, alpha, m, l = _softmax(s, m, l, multiplier, RIGHT)
         p = p.to(q.dtype)
         k_tile = _block(
-            k_tiles, k, k_stride_t, b, h, n0 + BLOCK_N, len_k, D, BLOCK_D, BLOCK_N, WIDE, True, VARLEN, FORM
+            k_tiles, k, k_stride_t, b, h, first, n0 + BLOCK_N, len_k, D, BLOCK_D, BLOCK_N, WIDE, True, TMA
         )  # fmt: skip
         s = tl.dot(q, k_tile.T)
         v_tile = _block(
-            v_tiles, v, v_stride_t, b, h, n0, len_k, DV, BLOCK_DV, BLOCK_N, WIDE, True, VARLEN, FORM
+            v_tiles, v, v_stride_t, b, h, first, n0, len_k, DV, BLOCK_DV, BLOCK_N, WIDE, True, TMA
         )  # fmt: skip
         acc = acc * alpha[:, None]
         acc = tl.dot(p, v_tile, acc)
@@ -147,7 +147,7 @@ def _attend_ahead(
             s = tl.where(inside, s, float("-inf"))
         p, alpha, m, l = _softmax(s, m, l, multiplier, RIGHT)
         v_tile = _block(
-            v_tiles, v, v_stride_t, b, h, final, len_k, DV, BLOCK_DV, BLOCK_N, WIDE, True, VARLEN, FORM
+            v_tiles, v, v_stride_t, b, h, first, final, len_k, DV, BLOCK_DV, BLOCK_N, WIDE, True, TMA and not VARLEN
         )  # fmt: skip
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(q.dtype), v_tile, acc)
@@ -188,8 +188,7 @@ def attention_forward(
     None.
 
     Args:
-        *_tiles: descriptors of (B, heads, S, D) in tiles of BLOCK_M or BLOCK_N rows, with TMA and without VARLEN; else
-            None.
+        *_tiles: descriptors of (B, heads, S, D) in tiles of BLOCK_M or BLOCK_N rows, with TMA; else None.
         tensors: None where not given. rng: two int64, given with dropout.
         seqlen_q, seqlen_k: lengths, or with VARLEN the rows of the packed tensors.
         tiles: blocks of BLOCK_M rows in the longest sequence. together: heads that are scheduled side by side.
@@ -242,14 +241,12 @@ def attention_forward(
     q += h.to(tl.int64) * q_stride_h + (first_q + m0) * q_stride_t
     k += h_kv.to(tl.int64) * k_stride_h + first_k * k_stride_t
     v += h_kv.to(tl.int64) * v_stride_h + first_k * v_stride_t
-    if FORM >= 2:
-        if VARLEN:
-            q_tiles = tl.make_tensor_descriptor(q, [len_q - m0, D], [q_stride_t, 1], [BLOCK_M, D])
-            k_tiles = tl.make_tensor_descriptor(k, [tl.maximum(len_k, 1), D], [k_stride_t, 1], [BLOCK_N, D])
-            v_tiles = tl.make_tensor_descriptor(v, [tl.maximum(len_k, 1), D], [v_stride_t, 1], [BLOCK_N, D])
-            q_tile = q_tiles.load([0, 0])
-        else:
-            q_tile = q_tiles.load([b, h, m0, 0]).reshape(BLOCK_M, D)
+    tma: tl.constexpr = FORM >= 2
+    tiles_b, tiles_k = b, first_k.to(tl.int32)  # where descriptors have the keys: packed ones are of one batch
+    if VARLEN:
+        tiles_b = 0
+    if tma and not VARLEN:
+        q_tile = q_tiles.load([b, h, m0, 0]).reshape(BLOCK_M, D)
     else:
         q_tile = _tile(q, q_stride_t, len_q - m0, D, BLOCK_D, BLOCK_M, WIDE, True)
 
@@ -275,28 +272,28 @@ def attention_forward(
     first, inner, outer, last = keys_of_rows(m0, len_q, len_k, left, right, BLOCK_M, BLOCK_N, LEFT, RIGHT)
     if FORM % 2 == 1:
         acc, m, l = _attend_ahead(
-            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h_kv, outer, last, rows, len_q, len_k,
-            scale, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, WIDE, RIGHT, VARLEN, FORM,
+            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, tiles_b, h_kv, tiles_k, outer, last, rows,
+            len_q, len_k, scale, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, WIDE, RIGHT, VARLEN, tma,
         )  # fmt: skip
     else:
         if LEFT:
             acc, m, l = _attend(
-                acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h_kv, first, inner, rows, len_q, len_k,
-                scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT,
-                True, VARLEN, FORM,
+                acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, tiles_b, h_kv, tiles_k, first, inner,
+                rows, len_q, len_k, scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right,
+                rng, sequence_head, dropout_p, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS,
+                WIDE, PRECISE, PRECISION, LEFT, RIGHT, True, VARLEN, tma,
             )  # fmt: skip
         acc, m, l = _attend(
-            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h_kv, inner, outer, rows, len_q, len_k,
-            scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT,
-            False, VARLEN, FORM,
+            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, tiles_b, h_kv, tiles_k, inner, outer,
+            rows, len_q, len_k, scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right,
+            rng, sequence_head, dropout_p, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS,
+            WIDE, PRECISE, PRECISION, LEFT, RIGHT, False, VARLEN, tma,
         )  # fmt: skip
         acc, m, l = _attend(
-            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h_kv, outer, last, rows, len_q, len_k,
-            scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT,
-            True, VARLEN, FORM,
+            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, tiles_b, h_kv, tiles_k, outer, last,
+            rows, len_q, len_k, scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right,
+            rng, sequence_head, dropout_p, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS,
+            WIDE, PRECISE, PRECISION, LEFT, RIGHT, True, VARLEN, tma,
         )  # fmt: skip
 
     present = tl.where(l == 0.0, 1.0, l)  # a row without keys: 0 and -inf

@@ -17,7 +17,7 @@ from vllm_accel.kernels.triton.tiles import Tile, lookup
 _L2_BYTES = 20 << 20
 
 #: Head sizes for which another form of the kernel was the fastest on an H200 (docs/triton.md).
-_FORMS = {64: TMA, 128: TMA, 256: AHEAD}
+_FORMS = {64: TMA, 128: TMA + AHEAD, 256: TMA}
 
 
 def padded(head_dim: int) -> int:
@@ -52,20 +52,18 @@ def form_of(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, he
 
 
 def describable(*tensors: Tensor) -> bool:
-    """Tell whether TMA can read (..., tokens, heads, size) by its strides: positive multiples of 16 bytes.
-
-    Of dense tensors a dimension of 1 has any stride (`_described`); the kernel describes packed ones as they are.
-    """
+    """Tell whether TMA can read (..., tokens, heads, size) by its strides: positive multiples of 16 bytes."""
     for t in tensors:
-        dense = t.dim() == 4
         strides = zip(t.stride()[:-1], t.shape[:-1], strict=True)
-        if not all((dense and n == 1) or (s > 0 and s * t.element_size() % 16 == 0) for s, n in strides):
+        if not all(n == 1 or (s > 0 and s * t.element_size() % 16 == 0) for s, n in strides):
             return False
     return True
 
 
 def _described(t: Tensor, rows: int) -> Described:
-    """Describe (B, S, heads, D) as (B, heads, S, D) in tiles of some rows."""
+    """Describe (B, S, heads, D) or packed (T, heads, D) as (B, heads, S, D) in tiles of some rows."""
+    if t.dim() == 3:
+        t = t.unsqueeze(0)
     batch, tokens, heads, size = t.shape
     shape = [batch, heads, tokens, size]
     strides = (t.stride(0), t.stride(2), t.stride(1))
@@ -123,7 +121,7 @@ def forward_launch(
         "FORM": form,
     }  # fmt: skip
     described: tuple[Described | None, ...] = (None, None, None)
-    if form & TMA and not varlen:
+    if form & TMA:
         described = (_described(q, tile.block_m), _described(k, tile.block_n), _described(v, tile.block_n))
     return Launch(
         fn=attention_forward,

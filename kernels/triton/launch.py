@@ -10,9 +10,8 @@ then integers fixed by the shapes, then constexprs.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 
 import triton
 from triton import knobs
-from triton.runtime import _allocation
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_accel.kernels.triton.assembling import assembling
@@ -87,36 +85,8 @@ def run(launch: Launch) -> Any:
     options = {**launch.constexprs, **compile_options(launch)}
     if not isinstance(launch.fn, triton.runtime.JITFunction):
         return launch.fn[launch.grid](*arguments(launch), **options)
-    with assembling(launch.constexprs, triton.runtime.driver.active.get_current_target()) as more, _scratch():
+    with assembling(launch.constexprs, triton.runtime.driver.active.get_current_target()) as more:
         return launch.fn[launch.grid](*arguments(launch), **options, **more)
-
-
-def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Return memory for what a launch writes for itself: descriptors that a kernel makes. Torch aligns to 512 bytes."""
-    return torch.empty(size, dtype=torch.uint8, device="cuda")
-
-
-@contextlib.contextmanager
-def _scratch() -> Iterator[None]:
-    """Let Triton take such memory from torch for a launch, whatever allocator the program has set."""
-    token = _allocation._allocator.set(_allocate)
-    try:
-        yield
-    finally:
-        _allocation._allocator.reset(token)
-
-
-def _launcher(kernel: Any) -> Any:
-    """Return what launches a compiled kernel, with the memory that it takes for itself."""
-    launcher = kernel.run
-    if not getattr(launcher, "global_scratch_size", 0):
-        return launcher
-
-    def launch(*args: Any) -> None:
-        with _scratch():
-            launcher(*args)
-
-    return launch
 
 
 #: What a launch needs of a compiled kernel: its launcher, function handle and packed metadata.
@@ -228,7 +198,7 @@ class Bound:
             return
         self._made_of = None  # what makes a launch holds the tensors of the call that it was made for
         if self._direct:
-            self._by_alignment[misaligned] = (_launcher(kernel), kernel.function, kernel.packed_metadata)
+            self._by_alignment[misaligned] = (kernel.run, kernel.function, kernel.packed_metadata)
 
 
 def _goes_direct(fn: Any, device: torch.device) -> bool:

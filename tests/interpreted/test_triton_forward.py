@@ -64,18 +64,18 @@ def test_case(case: Case, dtype: torch.dtype) -> None:
 EDGES = [(31, 33), (32, 32), (33, 65), (64, 31), (1, 64), (65, 64)]
 MASKS = [{"causal": True}, {}, {"window_size": (32, -1), "causal": True}, {"window_size": (33, 15)}]
 #: Without a window the 16-bit calls of an H200 take another form of the kernel; fp32 never does.
-FORMS = ("PLAIN", "AHEAD", "TMA")
+FORMS = {"PLAIN": forward.PLAIN, "AHEAD": forward.AHEAD, "TMA": forward.TMA, "both": forward.TMA + forward.AHEAD}
 
 
 def _take(form: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Let calls with a head size of 16 take a form; return their dtype."""
-    monkeypatch.setattr(forward_launch, "_FORMS", {16: getattr(forward, form)})
+    monkeypatch.setattr(forward_launch, "_FORMS", {16: FORMS[form]})
     real = forward_launch.forward_launch
 
     def seen(*args, **kwargs):
         launch = real(*args, **kwargs)
         heavy = launch.constexprs["LEFT"] or launch.constexprs["D"] != launch.constexprs["DV"]
-        assert launch.constexprs["FORM"] == (forward.PLAIN if heavy else getattr(forward, form))
+        assert launch.constexprs["FORM"] == (forward.PLAIN if heavy else FORMS[form])
         return launch
 
     monkeypatch.setattr(forward_launch, "forward_launch", seen)
