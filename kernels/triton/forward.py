@@ -5,11 +5,11 @@ walks the keys that its rows see in up to three loops: the left edge of a window
 and the right edge (the diagonal, or the end of the keys). See `scores` for the logits.
 
 On Hopper there are other forms (`FORM`). With TMA tiles come through descriptors that the launch made: that takes no
-registers for pointers, and one thread asks for a whole tile. A descriptor ends with the tensor; past the end of a packed
-sequence is the next one, or what was never written. Keys from there get a mask, but a value may be NaN, which a weight
-of 0 does not silence, so the last values of a packed sequence come by pointers. With AHEAD one loop takes the logits of
-the next block before it adds the values of this one, so that this product is under way during the next softmax (Shah et
-al. 2024, FlashAttention-3, section 3.2).
+registers for pointers, and one thread asks for a whole tile. A descriptor ends with the tensor; past the end of a
+packed sequence is the next one, or what was never written. Keys from there get a mask, but a value may be NaN, which a
+weight of 0 does not silence, so the last values of a packed sequence come by pointers. With AHEAD one loop takes the
+logits of the next block before it adds the values of this one, so that this product is under way during the next
+softmax (Shah et al. 2024, FlashAttention-3, section 3.2).
 
 Layouts: q, k, v (B, S, heads, D) or packed (T, heads, D) with cu_seqlens, any strides with the innermost 1; out and lse
 contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal` or `_heavy` where those differ.
@@ -71,8 +71,8 @@ def _softmax(s, m, l, multiplier, EMPTY: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, m, l, q, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h, first, begin, end, rows, len_q, len_k, scale, softcap, slope, bias,
-    bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
+    acc, m, l, q, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h, first, begin, end, rows, len_q, len_k, scale,
+    softcap, slope, bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     FOLD: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     WIDE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
@@ -105,8 +105,8 @@ def _attend(
 
 @triton.jit
 def _attend_ahead(
-    acc, m, l, q, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h, first, outer, last, rows, len_q, len_k, scale, right,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, m, l, q, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h, first, outer, last, rows, len_q, len_k, scale,
+    right, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr, RIGHT: tl.constexpr, VARLEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Take the keys ``0 .. last`` into the rows, masked from `outer` on, the logits one block ahead of the values.
@@ -272,8 +272,8 @@ def attention_forward(
     first, inner, outer, last = keys_of_rows(m0, len_q, len_k, left, right, BLOCK_M, BLOCK_N, LEFT, RIGHT)
     if FORM % 2 == 1:
         acc, m, l = _attend_ahead(
-            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, tiles_b, h_kv, tiles_k, outer, last, rows,
-            len_q, len_k, scale, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, WIDE, RIGHT, VARLEN, tma,
+            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, tiles_b, h_kv, tiles_k, outer, last,
+            rows, len_q, len_k, scale, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, WIDE, RIGHT, VARLEN, tma,
         )  # fmt: skip
     else:
         if LEFT:
