@@ -138,6 +138,7 @@ def test_few_kinds_of_call_take_another_form_of_the_kernel() -> None:
         (lambda: torch.zeros(1, 64, 4, 132, dtype=torch.bfloat16)[..., :128], False),  # heads 264 bytes apart
         (lambda: torch.zeros(1, 1, 4, 128, dtype=torch.bfloat16).expand(1, 64, 4, 128), False),
         (lambda: torch.zeros(1, 1, 4, 128, dtype=torch.bfloat16)[:, :, :1], True),
+        (lambda: torch.zeros(1, 0, 4, 128, dtype=torch.bfloat16), False),
     ],
 )
 def test_what_descriptors_can_read(make: Callable[[], torch.Tensor], expected: bool) -> None:

@@ -52,10 +52,10 @@ def form_of(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, he
 
 
 def describable(*tensors: Tensor) -> bool:
-    """Tell whether TMA can read (..., tokens, heads, size) by its strides: positive multiples of 16 bytes."""
+    """Tell whether TMA can read (..., tokens, heads, size): not empty, and strides positive multiples of 16 bytes."""
     for t in tensors:
         strides = zip(t.stride()[:-1], t.shape[:-1], strict=True)
-        if not all(n == 1 or (s > 0 and s * t.element_size() % 16 == 0) for s, n in strides):
+        if not t.numel() or not all(n == 1 or (s > 0 and s * t.element_size() % 16 == 0) for s, n in strides):
             return False
     return True
 
