@@ -125,7 +125,7 @@ def test_few_kinds_of_call_take_another_form_of_the_kernel() -> None:
     assert form("h200", head_dim=64, head_dim_v=64) == form("h200", head_dim=256, head_dim_v=256) == forward.TMA
     for changes in (
         {"dtype": torch.float32}, {"head_dim": 32, "head_dim_v": 32}, {"head_dim_v": 64},
-        {"features": Feature.WINDOW_LEFT}, {"features": Feature.Q_DESCALE},
+        {"features": Feature.WINDOW_LEFT}, {"features": Feature.Q_DESCALE}, {"features": Feature.VARLEN},
     ):  # fmt: skip
         assert form("h200", **changes) == forward.PLAIN, changes
     assert form("a100") == form("b200") == forward.PLAIN

@@ -25,11 +25,14 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def choose_tile(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, causal: bool, heavy: bool) -> Tile:
+def choose_tile(
+    arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, causal: bool, heavy: bool, packed: bool = False
+) -> Tile:
     """Return the tile of a kind of call. It depends on no length and no batch, so a sequence's bits depend on neither.
 
     Args:
         heavy: the logits need more registers (softcap, ALiBi, bias, mask, window, dropout or descales).
+        packed: a call with cu_seqlens.
     """
     widths = padded(head_dim), padded(head_dim_v)
     heavy = heavy or widths != (head_dim, head_dim_v)  # so do masks along the head
@@ -37,16 +40,18 @@ def choose_tile(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *
     if dtype is torch.float32:
         size = f"fp32_{size}"
     kinds = [f"{size}_heavy"] if heavy else []
+    kinds += [f"{size}_packed"] if packed else []
     kinds += [f"{size}_causal"] if causal else []
     return lookup("forward", arch, [*kinds, size])
 
 
-def form_of(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, heavy: bool) -> int:
+def form_of(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, heavy: bool, packed: bool = False) -> int:
     """Return the form of the kernel that a kind of call takes (see `forward`).
 
-    TMA is for tensors that are `describable`, at addresses that are multiples of 16; others do without.
+    TMA is for tensors that are `describable`, at addresses that are multiples of 16; others do without. Packed calls
+    could take these forms too (interpreted and compiled); that waits for a first run on a GPU.
     """
-    if arch != "sm_90" or dtype is torch.float32 or head_dim != head_dim_v or heavy:
+    if packed or arch != "sm_90" or dtype is torch.float32 or head_dim != head_dim_v or heavy:
         return PLAIN
     return _FORMS.get(head_dim, PLAIN)
 

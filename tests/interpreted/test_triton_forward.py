@@ -68,7 +68,9 @@ FORMS = {"PLAIN": forward.PLAIN, "AHEAD": forward.AHEAD, "TMA": forward.TMA, "bo
 
 
 def _take(form: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Let calls with a head size of 16 take a form; return their dtype."""
+    """Let calls with a head size of 16 take a form, packed ones too; return their dtype."""
+    form_of = forward_launch.form_of
+    monkeypatch.setattr(forward_launch, "form_of", lambda *args, packed, **kwargs: form_of(*args, **kwargs))
     monkeypatch.setattr(forward_launch, "_FORMS", {16: FORMS[form]})
     real = forward_launch.forward_launch
 

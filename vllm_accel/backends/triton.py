@@ -166,10 +166,11 @@ class TritonAttention:
         self._heavy = bool(spec.features & _HEAVY)
         self._tile = forward_launch.choose_tile(
             device.arch, spec.dtype, spec.head_dim, spec.head_dim_v,
-            causal=Feature.CAUSAL in spec.features, heavy=self._heavy,
+            causal=Feature.CAUSAL in spec.features, heavy=self._heavy, packed=Feature.VARLEN in spec.features,
         )  # fmt: skip
         self._form = forward_launch.form_of(
-            device.arch, spec.dtype, spec.head_dim, spec.head_dim_v, heavy=self._heavy
+            device.arch, spec.dtype, spec.head_dim, spec.head_dim_v, heavy=self._heavy,
+            packed=Feature.VARLEN in spec.features,
         )  # fmt: skip
         self._fp32_products = spec.dtype is torch.float32 and device.platform == "cuda"
         # Stand in for what a launch is described with before it exists.
