@@ -38,6 +38,12 @@ def regrets(source: Source) -> list[Regret]:
     return found
 
 
+def seed_of(source: Source) -> str:
+    """Say which draw a selection file is of, as two of one machine are told apart; empty where it does not say."""
+    seed = source.data.get("seed")
+    return "" if seed is None else f" of seed {seed}"
+
+
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
@@ -87,7 +93,7 @@ def regret(hardware: str, sources: Sequence[Source]) -> Iterator[Plot]:
         axes.set_xlabel("time of the chosen one over the fastest (1: within their noise)")
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, fontsize=9, borderaxespad=0.2)
         hidden = f" (the {MOST_ROWS} worst of {len(apart)} that differ)" if len(apart) > MOST_ROWS else ""
-        title = f"Regret on {hardware}: {len(found)} unseen calls{hidden}"
+        title = f"Regret on {hardware}: {len(found)} unseen calls{seed_of(source)}{hidden}"
         yield Plot(canvas.name_of(source), hardware, title, source.caption(), figure)
 
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.report.choice_plots import regrets, summary
+from benchmarks.report.choice_plots import regrets, seed_of, summary
 from benchmarks.report.files import Source, points
 
 #: The document's rows: label, the backends that are the library here, what the document says of its speed, memory,
@@ -161,5 +161,5 @@ def regret_line(sources: Sequence[Source]) -> str:
         rows = regrets(source) if source.kind == "selection" else []
         if rows:
             ours, fixed = (summary([getattr(row, name) for row in rows]) for name in ("ours", "fixed"))
-            texts.append(f"{len(rows)} unseen calls, {ours}; the shipped order: {fixed}")
+            texts.append(f"{len(rows)} unseen calls{seed_of(source)}, {ours}; the shipped order: {fixed}")
     return "; ".join(texts)

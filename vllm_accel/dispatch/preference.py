@@ -43,7 +43,7 @@ _FEW_QUERIES = 8
 
 #: Head sizes up to which a forward pass takes `triton` before `gluon_hopper`: its programs are smaller (64 rows,
 #: several a multiprocessor), so that less is left to wait for at the end. 0.56 to 0.97 of the time in the eight calls
-#: of head size 64, without a mask, in benchmarks/results/h200/selection.json (2026-11-30).
+#: of head size 64, without a mask, in benchmarks/results/h200/selection_20261127.json (2026-11-30).
 _NARROW = 64
 #: `cublas` has no groups that leave the host alone. Our Triton kernel is before PyTorch's: it takes every form, scaling
 #: and stride without a copy, at 0.97 to 1.40 times the speed of torch._grouped_mm on an H200
