@@ -167,6 +167,13 @@ def legend_of(plot: canvas.Plot) -> list[str]:
     return [text.get_text() for axes in plot.figure.axes if axes.get_legend() for text in axes.get_legend().get_texts()]
 
 
+def test_two_draws_on_one_machine_are_told_apart_by_their_seed() -> None:
+    (plot,) = drawn({**regret_file(), "seed": 7})
+    assert plot.title == "Regret on NVIDIA <Test>: 4 unseen calls of seed 7"
+    (plot,) = drawn(regret_file())
+    assert plot.title == "Regret on NVIDIA <Test>: 4 unseen calls"
+
+
 def test_regret_has_a_row_for_each_call_that_differs() -> None:
     (plot,) = drawn(regret_file())
     (axes,) = plot.figure.axes
