@@ -16,6 +16,8 @@ from typing import NamedTuple
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _UNIFORM = re.compile(r"(?<!\w)UR(\d+)")
+#: Groups of products under way that are told apart; a wait for all but more of them has not been seen.
+_MOST_GROUPS = 4
 
 
 class _Instruction(NamedTuple):
@@ -65,27 +67,39 @@ def bad_descriptors(sass: str) -> list[str]:
 def overwritten_inputs(sass: str) -> list[str]:
     """Return a line for each wgmma whose register input is written to while it may still be read; none is well.
 
-    ptxas 12.9 does so to some (fixed in 13.3 according to CUDA's release notes). Looked for from each product to the
-    wait for it, or to the end of the straight code.
+    Two causes are known. ptxas 12.9 does so to some (fixed in 13.3 according to CUDA's release notes). And where a
+    product is still under way when its loop begins again, Triton's wait for it does not name the registers, so that the
+    next turn may compute into them: an H200 found infinities at one row in a thousand. Looked for on every way from each
+    product to the wait for it.
     """
-    code, _ = _graph(sass)
+    code, before = _graph(sass)
+    after: dict[int, list[int]] = defaultdict(list)
+    for to, sources in before.items():
+        for source in sources:
+            after[source].append(to)
     found = []
     for at, (address, _, opcode, operands) in enumerate(code):
         inputs = re.match(r"R(\d+)", operands[1]) if re.match(r"[HQI]GMMA\b", opcode) else None
         if inputs is None:
             continue
         read = range(int(inputs[1]), int(inputs[1]) + 4)
-        later = 0 if "gsb0" in operands else -1  # groups that were committed after this product's
-        for writer in code[at + 1 :]:
-            if writer.opcode.startswith(("BRA", "BRX", "EXIT")):
-                break
+        ahead = [(i, 0 if "gsb0" in operands else -1) for i in after[at]]  # groups committed after this product's
+        seen = set(ahead)
+        while ahead:
+            i, later = ahead.pop()
+            if i >= len(code):
+                continue
+            writer = code[i]
             if "GMMA" in writer.opcode:
-                later += "gsb0" in writer.operands
+                later = min(later + ("gsb0" in writer.operands), _MOST_GROUPS)
             elif writer.opcode.startswith("WARPGROUP.DEPBAR"):
                 if later >= int(writer.operands[-1], 16):
-                    break
+                    continue
             elif not writer.opcode.startswith(("ST", "RED")) and not set(read).isdisjoint(writer.vectors()):
                 found.append(f"{address} {opcode}: {writer.address} {writer.opcode} writes R{min(writer.vectors())}")
+            steps = {(j, later) for j in after[i]} - seen
+            seen |= steps
+            ahead += steps
     return found
 
 
