@@ -69,8 +69,8 @@ def overwritten_inputs(sass: str) -> list[str]:
 
     Two causes are known. ptxas 12.9 does so to some (fixed in 13.3 according to CUDA's release notes). And where a
     product is still under way when its loop begins again, Triton's wait for it does not name the registers, so that the
-    next turn may compute into them: an H200 found infinities at one row in a thousand. Looked for on every way from each
-    product to the wait for it.
+    next turn may compute into them: an H200 found infinities in a few rows of thousands. Looked for on every way from
+    each product to the wait for it.
     """
     code, before = _graph(sass)
     after: dict[int, list[int]] = defaultdict(list)

@@ -242,4 +242,14 @@ def test_inputs_written_before_the_wait_are_told(writer: str) -> None:
     later = SOUND.replace("FADD R24, R24, R25", writer)  # after the wait
     assert overwritten_inputs(later) == []
     one_pending = SOUND.replace("gsb0, 0x0", "gsb0, 0x1")  # leaves the last group to run
-    assert len(overwritten_inputs(one_pending)) == 1
+    assert len(overwritten_inputs(one_pending)) == 2  # in this turn of the loop and in the next
+
+
+@pytest.mark.parametrize(("before_wait", "told"), [(True, 1), (False, 0)])
+def test_a_register_input_that_the_next_turn_of_a_loop_overwrites_is_named(before_wait: bool, told: int) -> None:
+    """As Triton compiles a loop whose last product is waited for in the next turn: an H200 then read infinities."""
+    write, wait = "/*0010*/ MUFU.EX2 R26, R4 ;", "/*0020*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
+    turn = [write, wait] if before_wait else [wait, write]
+    product = "/*0030*/ HGMMA.64x128x16.F32.BF16 R40, R24, gdesc[UR12].tnspB, R40, gsb0 ;"
+    end = ["/*0040*/ @!P0 BRA `(.L_x_0) ;", "/*0050*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "/*0060*/ EXIT ;"]
+    assert len(overwritten_inputs("\n".join([".L_x_0:", *turn, product, *end]))) == told

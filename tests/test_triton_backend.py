@@ -21,7 +21,7 @@ from vllm_accel.ops import run as ops_run
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
-from vllm_accel.kernels.triton import forward, forward_launch, launch, tiles
+from vllm_accel.kernels.triton import forward_launch, launch, tiles
 from vllm_accel.kernels.triton.launch import Bound, Launch
 from vllm_accel.kernels.triton.tiles import Tile
 
@@ -112,23 +112,21 @@ def test_a_tile_does_not_depend_on_lengths_or_batch() -> None:
     assert len({BACKEND.bind(spec, PRESETS["h200"])._tile for spec in specs}) == 1
 
 
-def test_few_kinds_of_call_take_another_form_of_the_kernel() -> None:
+def test_few_kinds_of_call_read_by_tma() -> None:
     plain = AttentionSpec(
         torch.bfloat16, torch.bfloat16, 8, 8, 128, 128, 1, 64, 64, Relation.EQUAL, Feature.CAUSAL | Feature.SINKS
     )  # fmt: skip
 
-    def form(gpu: str, **changes: Any) -> int:
-        return BACKEND.bind(dataclasses.replace(plain, **changes), PRESETS[gpu])._form
+    def by_tma(gpu: str, **changes: Any) -> bool:
+        return BACKEND.bind(dataclasses.replace(plain, **changes), PRESETS[gpu])._by_tma
 
-    assert adapter.TMA == forward.TMA
-    assert form("h200") == forward.TMA + forward.AHEAD
-    assert form("h200", head_dim=64, head_dim_v=64) == form("h200", head_dim=256, head_dim_v=256) == forward.TMA
+    assert all(by_tma("h200", head_dim=size, head_dim_v=size) for size in (64, 128, 256))
     for changes in (
         {"dtype": torch.float32}, {"head_dim": 32, "head_dim_v": 32}, {"head_dim_v": 64},
         {"features": Feature.WINDOW_LEFT}, {"features": Feature.Q_DESCALE}, {"features": Feature.VARLEN},
     ):  # fmt: skip
-        assert form("h200", **changes) == forward.PLAIN, changes
-    assert form("a100") == form("b200") == forward.PLAIN
+        assert not by_tma("h200", **changes), changes
+    assert not by_tma("a100") and not by_tma("b200")
 
 
 @pytest.mark.parametrize(

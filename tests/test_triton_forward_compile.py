@@ -17,8 +17,7 @@ import torch
 pytest.importorskip("triton")
 from crosscompile import ARCHS, assert_fits, compile_launch
 from vllm_accel.dispatch.backend import AttentionArgs
-from vllm_accel.kernels.triton.forward import AHEAD
-from vllm_accel.kernels.triton.forward_launch import choose_tile, form_of, forward_launch
+from vllm_accel.kernels.triton.forward_launch import by_tma, choose_tile, forward_launch
 from vllm_accel.kernels.triton.launch import Launch
 from vllm_accel.kernels.triton.tiles import Tile
 
@@ -67,7 +66,6 @@ def _launch(
     head_dim_v: int = 0,
     varlen: bool = False,
     tile: Tile | None = None,
-    form: int | None = None,
 ) -> Launch:
     """Describe a causal call of 4 x 4096 tokens with grouped heads, lse and the options of `kernel`."""
     dtype = torch.float32 if kernel.dtype == "fp32" else torch.bfloat16
@@ -95,10 +93,9 @@ def _launch(
         args = args._replace(**given[option])
     rng = _meta(2, dtype=torch.int64) if args.dropout_p else None
     heavy = kernel.options != "plain"
-    chosen = choose_tile(kernel.arch, dtype, kernel.head_dim, v.shape[-1], causal=True, heavy=heavy)
-    if form is None:
-        form = form_of(kernel.arch, dtype, kernel.head_dim, v.shape[-1], heavy=heavy)
-    return forward_launch(q, k, v, out, lse, rng, args, tile or chosen, form=form)
+    chosen = choose_tile(kernel.arch, dtype, kernel.head_dim, v.shape[-1], causal=True, heavy=heavy, packed=varlen)
+    tma = by_tma(kernel.arch, dtype, kernel.head_dim, v.shape[-1], heavy=heavy, packed=varlen)
+    return forward_launch(q, k, v, out, lse, rng, args, tile or chosen, tma=tma)
 
 
 @pytest.mark.parametrize("kernel", EVERY if os.environ.get("COMPILE_ALL_TILES") else CHOSEN, ids=str)
@@ -109,9 +106,7 @@ def test_a_row_of_the_table_fits_its_chip(kernel: Kernel) -> None:
     # cores on NVIDIA; AMD's matrix cores take fp32. A limit on registers buys a second block per multiprocessor with a
     # few spills: where the table has one, it was timed.
     matrix = kernel.dtype != "fp32" or kernel.arch.startswith("gfx")
-    # The form ahead takes every register: no spill with ptxas 12.9 (Triton 3.6), up to 20 with 13.1 (3.7).
-    spills = 48 if made.maxnreg else 24 if made.constexprs["FORM"] else 8
-    assert_fits(compiled, kernel.arch, tensor_cores=matrix, max_spills=spills)
+    assert_fits(compiled, kernel.arch, tensor_cores=matrix, max_spills=48 if made.maxnreg else 8)
     if kernel.arch == "sm_90" and kernel.dtype == "bf16":
         assert compiled.instructions["HGMMA"] and not compiled.instructions["HMMA"]
     if made.maxnreg == 128:
@@ -144,23 +139,9 @@ def test_the_interior_loop_masks_nothing() -> None:
     assert sorted("FSEL" in text for text in loops) == [False, True, True]
 
 
-def test_the_values_are_added_beside_the_next_softmax() -> None:
-    """One loop: exponentials, the logits of the next block, the only wait, and the values, waited for next time."""
-    made = _launch(Kernel("sm_90", 128))
-    sass = compile_launch(made, "sm_90").sass
-    loops = [text for text in _loops(sass) if "HGMMA" in text and "MUFU.EX2" in text]
-    found = re.findall(r"MUFU\.EX2|HGMMA|WARPGROUP\.DEPBAR", min(loops, key=len))
-    wait = found.index("WARPGROUP.DEPBAR")
-    assert made.constexprs["FORM"] & AHEAD and found.count("WARPGROUP.DEPBAR") == 1
-    assert "MUFU.EX2" not in found[wait:] and found[:wait].count("HGMMA") == 8 and found[wait:].count("HGMMA") == 4
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "varlen", "blocks"), [(64, False, 3), (64, True, 2), (128, False, 2), (128, True, 2)]
-)
-def test_tiles_come_by_tma_and_programs_share_a_multiprocessor(head_dim: int, varlen: bool, blocks: int) -> None:
-    """What makes this form the fastest: one warpgroup waits while that of another program computes."""
-    compiled = compile_launch(_launch(Kernel("sm_90", head_dim), varlen=varlen), "sm_90")
+@pytest.mark.parametrize(("head_dim", "blocks"), [(64, 3), (128, 2)])
+def test_tiles_come_by_tma_and_programs_share_a_multiprocessor(head_dim: int, blocks: int) -> None:
+    """What makes this the fastest: one warpgroup waits while that of another program computes."""
+    compiled = compile_launch(_launch(Kernel("sm_90", head_dim)), "sm_90")
     assert_fits(compiled, "sm_90", blocks=blocks)
     assert compiled.threads == 128 and compiled.instructions["UTMALDG"]
-    assert compiled.sass.count("WARPGROUP.DEPBAR") == 4  # one for each product

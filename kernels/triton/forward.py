@@ -4,12 +4,9 @@ Milakov and Gimelshein 2018 (online softmax), Dao 2023 (FlashAttention-2: one pr
 walks the keys that its rows see in up to three loops: the left edge of a window, the interior, where nothing is masked,
 and the right edge (the diagonal, or the end of the keys). See `scores` for the logits.
 
-On Hopper there are other forms (`FORM`). With TMA tiles come through descriptors that the launch made: that takes no
-registers for pointers, and one thread asks for a whole tile. A descriptor ends with the tensor; past the end of a
-packed sequence is the next one, or what was never written. Keys from there get a mask, but a value may be NaN, which a
-weight of 0 does not silence, so the last values of a packed sequence come by pointers. With AHEAD one loop takes the
-logits of the next block before it adds the values of this one, so that this product is under way during the next
-softmax (Shah et al. 2024, FlashAttention-3, section 3.2).
+With TMA, on Hopper, tiles of dense calls come through descriptors that the launch made: that takes no registers for
+pointers, and one thread asks for a whole tile. A descriptor ends with the tensor and gives zeros past it; past the end
+of a packed sequence is the next one, or what was never written, so packed calls read by pointers.
 
 Layouts: q, k, v (B, S, heads, D) or packed (T, heads, D) with cu_seqlens, any strides with the innermost 1; out and lse
 contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal` or `_heavy` where those differ.
@@ -17,10 +14,7 @@ contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal` or `_he
 
 import triton
 import triton.language as tl
-from vllm_accel.kernels.triton.scores import LN2, LOG2E, factor, kept, keys_of_rows, logits, per_head, seen, sequence
-
-#: FORM of a launch: a sum of these.
-PLAIN, AHEAD, TMA = 0, 1, 2
+from vllm_accel.kernels.triton.scores import LN2, LOG2E, factor, kept, keys_of_rows, logits, per_head, sequence
 
 
 @triton.jit
@@ -45,112 +39,49 @@ def _tile(pointer, stride, count, SIZE: tl.constexpr, WIDTH: tl.constexpr, N: tl
 
 
 @triton.jit
-def _block(tiles, pointer, stride, b, h, first, n0, count, SIZE: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
+def _block(tiles, pointer, stride, b, h, n0, count, SIZE: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
            WIDE: tl.constexpr, CHECK: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """Load N rows of a sequence from `n0` on, of `count` that exist; with TMA by a descriptor (B, heads, S, D), where
-    the sequence has its first row in `first`."""
+    """Load N rows of a sequence from `n0` on, of `count` that exist; with TMA by a descriptor (B, heads, S, D)."""
     if TMA:
-        return tiles.load([b, h, first + n0, 0]).reshape(N, SIZE)
+        return tiles.load([b, h, n0, 0]).reshape(N, SIZE)
     else:
         return _tile(pointer + n0.to(tl.int64) * stride, stride, count - n0, SIZE, WIDTH, N, WIDE, CHECK)
 
 
 @triton.jit
-def _softmax(s, m, l, multiplier, EMPTY: tl.constexpr):
-    """Return (p, alpha, m, l): weights of a block of logits, the factor of what was summed before, the new maximum
-    (base 2) and denominator. EMPTY: a row may have met no key yet."""
-    m_new = tl.maximum(m, tl.max(s, 1) * multiplier)
-    if EMPTY:
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    else:
-        shift = m_new
-    p = tl.exp2(s * multiplier - shift[:, None])
-    alpha = tl.exp2(m - shift)
-    return p, alpha, m_new, l * alpha + tl.sum(p, 1)
-
-
-@triton.jit
 def _attend(
-    acc, m, l, q, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h, first, begin, end, rows, len_q, len_k, scale,
-    softcap, slope, bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
+    acc, m, l, q, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h, begin, end, rows, len_q, len_k, scale, softcap,
+    slope, bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     FOLD: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     WIDE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, TMA: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Take the keys ``begin .. end`` into the running accumulator, maximum (base 2) and denominator of the rows."""
     cols = tl.arange(0, BLOCK_N)
     multiplier = factor(scale, FOLD)
     for n0 in range(begin, end, BLOCK_N):
         n0 = tl.multiple_of(n0, BLOCK_N)
-        k_tile = _block(
-            k_tiles, k, k_stride_t, b, h, first, n0, len_k, D, BLOCK_D, BLOCK_N, WIDE, MASKED, TMA
-        )  # fmt: skip
+        k_tile = _block(k_tiles, k, k_stride_t, b, h, n0, len_k, D, BLOCK_D, BLOCK_N, WIDE, MASKED, TMA)
         s = tl.dot(q, k_tile.T, input_precision=PRECISION)
         s = logits(
             s, rows[:, None], n0 + cols[None, :], len_q, len_k, scale, softcap, slope, bias, bias_stride_q,
             bias_stride_k, left, right, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, LEFT, RIGHT, MASKED,
         )  # fmt: skip
-        p, alpha, m, l = _softmax(s, m, l, multiplier, MASKED or BIAS != 0)
+        m_new = tl.maximum(m, tl.max(s, 1) * multiplier)
+        if MASKED or BIAS != 0:  # a row may have met no key yet
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        else:
+            shift = m_new
+        p = tl.exp2(s * multiplier - shift[:, None])
+        alpha = tl.exp2(m - shift)
+        l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         if rng is not None:
             p = tl.where(kept(rng, sequence_head, rows[:, None], n0 + cols[None, :], dropout_p), p, 0.0)
-        v_tile = _block(
-            v_tiles, v, v_stride_t, b, h, first, n0, len_k, DV, BLOCK_DV, BLOCK_N, WIDE, MASKED,
-            TMA and not (VARLEN and MASKED),
-        )  # fmt: skip
+        v_tile = _block(v_tiles, v, v_stride_t, b, h, n0, len_k, DV, BLOCK_DV, BLOCK_N, WIDE, MASKED, TMA)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
-    return acc, m, l
-
-
-@triton.jit
-def _attend_ahead(
-    acc, m, l, q, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h, first, outer, last, rows, len_q, len_k, scale,
-    right, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    WIDE: tl.constexpr, RIGHT: tl.constexpr, VARLEN: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Take the keys ``0 .. last`` into the rows, masked from `outer` on, the logits one block ahead of the values.
-
-    The compiler waits for the logits where they are made, and with them for the values before; it must not have to wait
-    sooner. So acc is touched between the two products only, and the mask is a branch: a second loop for the edge would
-    begin with a product under way, for which ptxas waits after every instruction of every product (its note C7515).
-    """
-    cols = tl.arange(0, BLOCK_N)
-    multiplier = factor(scale, True)
-    zero = tl.full([], 0, tl.int32)
-    k_tile = _block(  # under way together with q
-        k_tiles, k, k_stride_t, b, h, first, zero, len_k, D, BLOCK_D, BLOCK_N, WIDE, True, TMA
-    )  # fmt: skip
-    s = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
-    if last > 0:
-        s = tl.dot(q, k_tile.T)
-    final = tl.maximum(last - 1, 0) // BLOCK_N * BLOCK_N
-    for n0 in range(0, final, BLOCK_N):
-        n0 = tl.multiple_of(n0, BLOCK_N)
-        if n0 >= outer:
-            inside = seen(rows[:, None], n0 + cols[None, :], len_q, len_k, 0, right, False, RIGHT)
-            s = tl.where(inside, s, float("-inf"))
-        p, alpha, m, l = _softmax(s, m, l, multiplier, RIGHT)
-        p = p.to(q.dtype)
-        k_tile = _block(
-            k_tiles, k, k_stride_t, b, h, first, n0 + BLOCK_N, len_k, D, BLOCK_D, BLOCK_N, WIDE, True, TMA
-        )  # fmt: skip
-        s = tl.dot(q, k_tile.T)
-        v_tile = _block(
-            v_tiles, v, v_stride_t, b, h, first, n0, len_k, DV, BLOCK_DV, BLOCK_N, WIDE, True, TMA
-        )  # fmt: skip
-        acc = acc * alpha[:, None]
-        acc = tl.dot(p, v_tile, acc)
-    if last > 0:
-        if final >= outer:
-            inside = seen(rows[:, None], final + cols[None, :], len_q, len_k, 0, right, False, RIGHT)
-            s = tl.where(inside, s, float("-inf"))
-        p, alpha, m, l = _softmax(s, m, l, multiplier, RIGHT)
-        v_tile = _block(
-            v_tiles, v, v_stride_t, b, h, first, final, len_k, DV, BLOCK_DV, BLOCK_N, WIDE, True, TMA and not VARLEN
-        )  # fmt: skip
-        acc = acc * alpha[:, None]
-        acc = tl.dot(p.to(q.dtype), v_tile, acc)
+        m = m_new
     return acc, m, l
 
 
@@ -182,7 +113,7 @@ def attention_forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     FOLD: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
-    WIDE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr, FORM: tl.constexpr,
+    WIDE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Write out, contiguous (B, Sq, H, DV) or (T, H, DV), and lse (fp32, natural, (B, H, Sq) or (H, T)) unless it is
     None.
@@ -194,9 +125,9 @@ def attention_forward(
         tiles: blocks of BLOCK_M rows in the longest sequence. together: heads that are scheduled side by side.
         left, right: window, read only with LEFT and RIGHT. ALIBI: 0, or dimensions of the slopes.
         *_DESCALE: dimensions of the factor (0, 1, 2). WIDE: offsets within a tile need 64 bits.
-        PRECISION: of fp32 products. PRECISE: see `scores.tanh`. FORM: TMA and AHEAD are for 16-bit numbers, heads that
-            fill their tiles, FOLD, and no option but RIGHT, sinks and the descale of v; TMA for q, k and v that it can
-            read (`forward_launch.describable`).
+        PRECISION: of fp32 products. PRECISE: see `scores.tanh`. TMA: for dense calls of 16-bit numbers with heads that
+            fill their tiles, FOLD, no option but RIGHT, sinks and the descale of v, and q, k and v that it can read
+            (`forward_launch.describable`).
     """
     # Program -> (tile, head): `together` heads at a time, whose keys fit the L2 cache, and among those the tiles
     # with the most keys first, so that the last programs to run are short ones.
@@ -241,11 +172,7 @@ def attention_forward(
     q += h.to(tl.int64) * q_stride_h + (first_q + m0) * q_stride_t
     k += h_kv.to(tl.int64) * k_stride_h + first_k * k_stride_t
     v += h_kv.to(tl.int64) * v_stride_h + first_k * v_stride_t
-    tma: tl.constexpr = FORM >= 2
-    tiles_b, tiles_k = b, first_k.to(tl.int32)  # where descriptors have the keys: packed ones are of one batch
-    if VARLEN:
-        tiles_b = 0
-    if tma and not VARLEN:
+    if TMA:
         q_tile = q_tiles.load([b, h, m0, 0]).reshape(BLOCK_M, D)
     else:
         q_tile = _tile(q, q_stride_t, len_q - m0, D, BLOCK_D, BLOCK_M, WIDE, True)
@@ -270,31 +197,25 @@ def attention_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     first, inner, outer, last = keys_of_rows(m0, len_q, len_k, left, right, BLOCK_M, BLOCK_N, LEFT, RIGHT)
-    if FORM % 2 == 1:
-        acc, m, l = _attend_ahead(
-            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, tiles_b, h_kv, tiles_k, outer, last,
-            rows, len_q, len_k, scale, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, WIDE, RIGHT, VARLEN, tma,
-        )  # fmt: skip
-    else:
-        if LEFT:
-            acc, m, l = _attend(
-                acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, tiles_b, h_kv, tiles_k, first, inner,
-                rows, len_q, len_k, scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right,
-                rng, sequence_head, dropout_p, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS,
-                WIDE, PRECISE, PRECISION, LEFT, RIGHT, True, VARLEN, tma,
-            )  # fmt: skip
+    if LEFT:
         acc, m, l = _attend(
-            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, tiles_b, h_kv, tiles_k, inner, outer,
-            rows, len_q, len_k, scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right,
-            rng, sequence_head, dropout_p, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS,
-            WIDE, PRECISE, PRECISION, LEFT, RIGHT, False, VARLEN, tma,
+            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h_kv, first, inner, rows, len_q,
+            len_k, scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head,
+            dropout_p, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT,
+            RIGHT, True, TMA,
         )  # fmt: skip
-        acc, m, l = _attend(
-            acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, tiles_b, h_kv, tiles_k, outer, last,
-            rows, len_q, len_k, scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right,
-            rng, sequence_head, dropout_p, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS,
-            WIDE, PRECISE, PRECISION, LEFT, RIGHT, True, VARLEN, tma,
-        )  # fmt: skip
+    acc, m, l = _attend(
+        acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h_kv, inner, outer, rows, len_q,
+        len_k, scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head,
+        dropout_p, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT,
+        False, TMA,
+    )  # fmt: skip
+    acc, m, l = _attend(
+        acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h_kv, outer, last, rows, len_q,
+        len_k, scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head,
+        dropout_p, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT,
+        True, TMA,
+    )  # fmt: skip
 
     present = tl.where(l == 0.0, 1.0, l)  # a row without keys: 0 and -inf
     weight = 1.0 / present

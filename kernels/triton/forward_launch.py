@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_accel.dispatch.backend import AttentionArgs
-from vllm_accel.kernels.triton.forward import AHEAD, PLAIN, TMA, attention_forward
+from vllm_accel.kernels.triton.forward import attention_forward
 from vllm_accel.kernels.triton.launch import Described, Launch
 from vllm_accel.kernels.triton.scores import ADDITIVE, BOOLEAN, NO_BIAS, folds
 from vllm_accel.kernels.triton.tiles import Tile, lookup
@@ -16,8 +16,8 @@ from vllm_accel.kernels.triton.tiles import Tile, lookup
 #: 461.
 _L2_BYTES = 20 << 20
 
-#: Head sizes for which another form of the kernel was the fastest on an H200 (docs/triton.md).
-_FORMS = {64: TMA, 128: TMA + AHEAD, 256: TMA}
+#: Head sizes with which tiles that come by TMA were the fastest on an H200 (docs/triton.md).
+_BY_TMA = (64, 128, 256)
 
 
 def padded(head_dim: int) -> int:
@@ -45,15 +45,13 @@ def choose_tile(
     return lookup("forward", arch, [*kinds, size])
 
 
-def form_of(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, heavy: bool, packed: bool = False) -> int:
-    """Return the form of the kernel that a kind of call takes (see `forward`).
+def by_tma(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, heavy: bool, packed: bool = False) -> bool:
+    """Tell whether tiles of a kind of call come by TMA (see `forward`).
 
-    TMA is for tensors that are `describable`, at addresses that are multiples of 16; others do without. Packed calls
-    could take these forms too (interpreted and compiled); that waits for a first run on a GPU.
+    That is for tensors that are `describable`, at addresses that are multiples of 16; others are read by pointers.
     """
-    if packed or arch != "sm_90" or dtype is torch.float32 or head_dim != head_dim_v or heavy:
-        return PLAIN
-    return _FORMS.get(head_dim, PLAIN)
+    light = head_dim == head_dim_v and head_dim in _BY_TMA and dtype is not torch.float32 and not heavy
+    return arch == "sm_90" and light and not packed
 
 
 def describable(*tensors: Tensor) -> bool:
@@ -66,9 +64,7 @@ def describable(*tensors: Tensor) -> bool:
 
 
 def _described(t: Tensor, rows: int) -> Described:
-    """Describe (B, S, heads, D) or packed (T, heads, D) as (B, heads, S, D) in tiles of some rows."""
-    if t.dim() == 3:
-        t = t.unsqueeze(0)
+    """Describe (B, S, heads, D) as (B, heads, S, D) in tiles of some rows."""
     batch, tokens, heads, size = t.shape
     shape = [batch, heads, tokens, size]
     strides = (t.stride(0), t.stride(2), t.stride(1))
@@ -87,7 +83,7 @@ def forward_launch(
     args: AttentionArgs,
     tile: Tile,
     tf32: bool = False,
-    form: int = PLAIN,
+    tma: bool = False,
 ) -> Launch:
     """Return the launch that writes out and lse.
 
@@ -95,7 +91,7 @@ def forward_launch(
         q, k, v: (B, S, H, D) or packed (T, H, D), innermost stride 1, other strides free.
         out: contiguous, q's shape with Dv. lse: contiguous fp32 (B, H, Sq) or (H, Tq), or None.
         rng: int64 (2,) on the device, exactly with dropout. tf32: products of fp32 inputs may round to TF32.
-        form: what `form_of` says of this kind of call; TMA where its terms hold.
+        tma: tiles come by TMA, where `by_tma` and `describable` allow it.
     """
     varlen = args.cu_seqlens_q is not None
     heads, head_dim = q.shape[-2:]
@@ -123,10 +119,10 @@ def forward_launch(
         "SOFTCAP": args.softcap != 0.0, "ALIBI": alibi, "BIAS": bias_kind,
         "Q_DESCALE": dims[0], "K_DESCALE": dims[1], "V_DESCALE": dims[2],
         "WIDE": reach >= 1 << 31, "PRECISE": q.dtype is torch.float32, "PRECISION": "tf32" if tf32 else "ieee",
-        "FORM": form,
+        "TMA": tma,
     }  # fmt: skip
     described: tuple[Described | None, ...] = (None, None, None)
-    if form & TMA:
+    if tma:
         described = (_described(q, tile.block_m), _described(k, tile.block_n), _described(v, tile.block_n))
     return Launch(
         fn=attention_forward,

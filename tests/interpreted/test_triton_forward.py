@@ -16,7 +16,7 @@ from vllm_accel.backends.triton import BACKEND, TritonAttention
 from vllm_accel.dispatch.backend import AttentionArgs
 from vllm_accel.dispatch.device import PRESETS
 from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
-from vllm_accel.kernels.triton import forward, forward_launch
+from vllm_accel.kernels.triton import forward_launch
 from vllm_accel.kernels.triton.tiles import Tile
 from vllm_accel.testing import CASES, Case, check_backend
 from vllm_accel.testing.conformance import kernel_call
@@ -63,33 +63,28 @@ def test_case(case: Case, dtype: torch.dtype) -> None:
 
 EDGES = [(31, 33), (32, 32), (33, 65), (64, 31), (1, 64), (65, 64)]
 MASKS = [{"causal": True}, {}, {"window_size": (32, -1), "causal": True}, {"window_size": (33, 15)}]
-#: Without a window the 16-bit calls of an H200 take another form of the kernel; fp32 never does.
-FORMS = {"PLAIN": forward.PLAIN, "AHEAD": forward.AHEAD, "TMA": forward.TMA, "both": forward.TMA + forward.AHEAD}
 
 
-def _take(form: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Let calls with a head size of 16 take a form, packed ones too; return their dtype."""
-    form_of = forward_launch.form_of
-    monkeypatch.setattr(forward_launch, "form_of", lambda *args, packed, **kwargs: form_of(*args, **kwargs))
-    monkeypatch.setattr(forward_launch, "_FORMS", {16: FORMS[form]})
+def _take(tma: bool, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Let dense calls with a head size of 16 read by TMA, or none; return their dtype."""
+    monkeypatch.setattr(forward_launch, "_BY_TMA", (16,) if tma else ())
     real = forward_launch.forward_launch
 
     def seen(*args, **kwargs):
         launch = real(*args, **kwargs)
-        heavy = launch.constexprs["LEFT"] or launch.constexprs["D"] != launch.constexprs["DV"]
-        assert launch.constexprs["FORM"] == (forward.PLAIN if heavy else FORMS[form])
+        assert launch.constexprs["TMA"] == (tma and not launch.constexprs["LEFT"])
         return launch
 
     monkeypatch.setattr(forward_launch, "forward_launch", seen)
-    return torch.float32 if form == "PLAIN" else torch.float16
+    return torch.float16 if tma else torch.float32
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("lengths", EDGES, ids=str)
-def test_lengths_around_the_tile(lengths: tuple[int, int], form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_around_the_tile(lengths: tuple[int, int], tma: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seqlen_q, seqlen_k = lengths
-    dtype = _take(form, monkeypatch)
-    for options in MASKS if form == "PLAIN" else MASKS[:2]:
+    dtype = _take(tma, monkeypatch)
+    for options in MASKS[:2] if tma else MASKS:
         case = Case(
             f"{options}", "", batch=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, num_heads=1, num_kv_heads=1, head_dim=16,
             head_dim_v=16, options=options, grad=False,
@@ -97,26 +92,24 @@ def test_lengths_around_the_tile(lengths: tuple[int, int], form: str, monkeypatc
         assert check_backend(BACKEND, case, dtype=dtype, device=H200, where="cpu").ran
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_packed_lengths_around_the_tile(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    dtype, head_dim_v = _take(form, monkeypatch), 24 if form == "PLAIN" else 16
-    for options in MASKS[::2] if form == "PLAIN" else MASKS[:2]:
+def test_packed_lengths_around_the_tile() -> None:
+    for options in MASKS[::2]:
         case = Case(
             f"{options}", "", lengths=(*EDGES[:3], (0, 5), (40, 0)), tail=37, num_heads=1, num_kv_heads=1,
-            head_dim=16, head_dim_v=head_dim_v, options=options, sinks=True, grad=False,
+            head_dim=16, head_dim_v=24, options=options, sinks=True, grad=False,
         )  # fmt: skip
-        assert check_backend(BACKEND, case, dtype=dtype, device=H200, where="cpu").ran
+        assert check_backend(BACKEND, case, dtype=torch.float32, device=H200, where="cpu").ran
 
 
 def test_what_tma_cannot_read_takes_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls of one plan, at an address that is a multiple of 16 bytes and at one that is not."""
-    forms: list[int] = []
+    ways: list[bool] = []
     real = forward_launch.forward_launch
-    monkeypatch.setattr(forward_launch, "_FORMS", {16: forward.TMA})
+    monkeypatch.setattr(forward_launch, "_BY_TMA", (16,))
     monkeypatch.setattr(
         forward_launch,
         "forward_launch",
-        lambda *a, **k: (made := real(*a, **k), forms.append(made.constexprs["FORM"]))[0],
+        lambda *a, **k: (made := real(*a, **k), ways.append(made.constexprs["TMA"]))[0],
     )
     kernel = _attention(Feature(0), torch.float16, 1, 16)
     storage = torch.randn(2 * 40 * 16 + 1).half()
@@ -127,7 +120,7 @@ def test_what_tma_cannot_read_takes_pointers(monkeypatch: pytest.MonkeyPatch) ->
         out, _, _ = call(t, t, t, args)
         want, _ = attention_oracle(t, t, t, softmax_scale=0.25)
         assert (out - want).abs().max() < 2e-3
-    assert forms == [forward.TMA, forward.PLAIN]
+    assert ways == [True, False]
 
 
 @pytest.mark.parametrize("l2_bytes", [1, 16000])

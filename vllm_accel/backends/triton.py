@@ -41,8 +41,6 @@ _HEAVY = (
 _TENSOR_FIELDS = AttentionArgs._fields.index("max_seqlen_q")
 #: A launch has at most this many blocks along its first axis.
 _MAX_BLOCKS = 2**31 - 1
-#: Of the forms of the kernel (kernels/triton/forward.py, which imports Triton): it reads through descriptors.
-TMA = 2
 _LEAST_ROWS = 16  # of a tile: what tl.dot takes
 #: The widest tiles in the tables.
 _MAX_HEAD_DIM, _MAX_PAGED_HEAD_DIM = 256, 512
@@ -168,7 +166,7 @@ class TritonAttention:
             device.arch, spec.dtype, spec.head_dim, spec.head_dim_v,
             causal=Feature.CAUSAL in spec.features, heavy=self._heavy, packed=Feature.VARLEN in spec.features,
         )  # fmt: skip
-        self._form = forward_launch.form_of(
+        self._by_tma = forward_launch.by_tma(
             device.arch, spec.dtype, spec.head_dim, spec.head_dim_v, heavy=self._heavy,
             packed=Feature.VARLEN in spec.features,
         )  # fmt: skip
@@ -207,33 +205,28 @@ class TritonAttention:
         return forward
 
     def _bind(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, tf32: bool) -> Forward:
-        launches = self._launches
-        if not self._form & TMA or not launches.describable(q, k, v):
-            return self._bind_form(q, k, v, args, tf32, self._form & ~TMA)
-        ways: dict[int, Forward] = {}
+        if not self._by_tma or not self._launches.describable(q, k, v):
+            return self._bind_way(q, k, v, args, tf32, tma=False)
+        ways: dict[bool, Forward] = {}
 
         def forward(
             q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs
         ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            form = self._form
-            if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
-                form &= ~TMA
-            way = ways.get(form)
+            tma = not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+            way = ways.get(tma)
             if way is None:  # bound by the call that needs it, as above
-                way = ways[form] = self._bind_form(q, k, v, args, tf32, form)
+                way = ways[tma] = self._bind_way(q, k, v, args, tf32, tma)
             return way(q, k, v, args)
 
         return forward
 
-    def _bind_form(
-        self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, tf32: bool, form: int
-    ) -> Forward:  # fmt: skip
+    def _bind_way(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, tf32: bool, tma: bool) -> Forward:
         lse = self._lse if args.need_lse else None
         rng = self._rng if args.dropout_p else None
         tidy = _tidy(args)
 
         def launch(tile: Tile) -> Launch:
-            made: Launch = self._launches.forward_launch(q, k, v, q, lse, rng, tidy, tile, tf32, form)
+            made: Launch = self._launches.forward_launch(q, k, v, q, lse, rng, tidy, tile, tf32, tma)
             return made
 
         return _prepared(self._bound(made_of=(self._tile, launch)), q, v, args)
