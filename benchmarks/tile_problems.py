@@ -97,10 +97,9 @@ def forward_data(
     lse = unwritten((batch, heads, lengths[0]), torch.float32, where.device)
     options = _options(kind, heads, where)
     args = _attention_args(lengths, d, **options)
-    tma = forward_launch.by_tma(where.arch, dtype, d, d, heavy=kind == "_heavy")
 
     def launches(tile: Tile) -> tuple[Launch, ...]:
-        return (forward_launch.forward_launch(q, k, v, out, lse, None, args, tile, tma=tma),)
+        return (forward_launch.forward_launch(q, k, v, out, lse, None, args, tile),)
 
     def verify() -> None:
         want, want_lse = attention_oracle(q, k, v, **options)

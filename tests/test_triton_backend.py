@@ -124,9 +124,31 @@ def test_few_kinds_of_call_read_by_tma() -> None:
     for changes in (
         {"dtype": torch.float32}, {"head_dim": 32, "head_dim_v": 32}, {"head_dim_v": 64},
         {"features": Feature.WINDOW_LEFT}, {"features": Feature.Q_DESCALE}, {"features": Feature.VARLEN},
+        {"features": Feature.BATCH_INVARIANT},
     ):  # fmt: skip
         assert not by_tma("h200", **changes), changes
     assert not by_tma("a100") and not by_tma("b200")
+
+
+def test_only_calls_that_take_longer_than_the_host_are_read_by_tma(monkeypatch: pytest.MonkeyPatch) -> None:
+    # An H200: descriptors cost the host 14 us, so that a call of 11 us took 34 us instead of 19.
+    seen: list[tuple[bool, Tile]] = []
+
+    def note(*args: Any, **kwargs: Any) -> None:
+        seen.append((args[9], args[7]))
+        raise InterruptedError
+
+    monkeypatch.setattr(forward_launch, "forward_launch", note)
+    kernel = BACKEND.bind(
+        AttentionSpec(torch.bfloat16, torch.bfloat16, 16, 16, 64, 64, 4, 64, 64, Relation.EQUAL, Feature(0)),
+        PRESETS["h200"],
+    )
+    for length in (256, 4096):
+        q = torch.empty(4, length, 16, 64, dtype=torch.bfloat16)
+        with pytest.raises(InterruptedError):
+            kernel.prepare(q, q, q, _args(length, length))(q, q, q, _args(length, length))
+    (short, short_tile), (long, long_tile) = seen
+    assert not short and long and short_tile == kernel._tile != long_tile == kernel._tma_tile
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ _L2_BYTES = 20 << 20
 
 #: Head sizes with which tiles that come by TMA were the fastest on an H200 (docs/triton.md).
 _BY_TMA = (64, 128, 256)
+#: Operations of a call from which that pays: descriptors cost the host 14 us there, and this takes the device 70.
+TMA_WORK = 3e10
 
 
 def padded(head_dim: int) -> int:
@@ -26,13 +28,13 @@ def padded(head_dim: int) -> int:
 
 
 def choose_tile(
-    arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, causal: bool, heavy: bool, packed: bool = False
+    arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, causal: bool, heavy: bool, tma: bool = False
 ) -> Tile:
     """Return the tile of a kind of call. It depends on no length and no batch, so a sequence's bits depend on neither.
 
     Args:
         heavy: the logits need more registers (softcap, ALiBi, bias, mask, window, dropout or descales).
-        packed: a call with cu_seqlens.
+        tma: tiles come by TMA.
     """
     widths = padded(head_dim), padded(head_dim_v)
     heavy = heavy or widths != (head_dim, head_dim_v)  # so do masks along the head
@@ -40,18 +42,30 @@ def choose_tile(
     if dtype is torch.float32:
         size = f"fp32_{size}"
     kinds = [f"{size}_heavy"] if heavy else []
-    kinds += [f"{size}_packed"] if packed else []
+    kinds += [f"{size}_tma"] if tma else []
     kinds += [f"{size}_causal"] if causal else []
     return lookup("forward", arch, [*kinds, size])
 
 
-def by_tma(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, heavy: bool, packed: bool = False) -> bool:
+def by_tma(
+    arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, *, heavy: bool, packed: bool, invariant: bool
+) -> bool:
     """Tell whether tiles of a kind of call come by TMA (see `forward`).
 
-    That is for tensors that are `describable`, at addresses that are multiples of 16; others are read by pointers.
+    That is for calls of `TMA_WORK` and more with tensors that are `describable`, at addresses that are multiples of 16.
+    Others are read by pointers.
+
+    Args:
+        invariant: bits may not depend on how much there is to compute.
     """
     light = head_dim == head_dim_v and head_dim in _BY_TMA and dtype is not torch.float32 and not heavy
-    return arch == "sm_90" and light and not packed
+    return arch == "sm_90" and light and not packed and not invariant
+
+
+def work_of(q: Tensor, k: Tensor, causal: bool) -> float:
+    """Return the operations of a dense call: q, k (B, S, heads, D), as many channels of V."""
+    batch, seqlen_q, heads, head_dim = q.shape
+    return 4.0 * batch * heads * seqlen_q * k.shape[1] * head_dim * (0.5 if causal and seqlen_q == k.shape[1] else 1.0)
 
 
 def describable(*tensors: Tensor) -> bool:

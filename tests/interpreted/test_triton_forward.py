@@ -68,6 +68,7 @@ MASKS = [{"causal": True}, {}, {"window_size": (32, -1), "causal": True}, {"wind
 def _take(tma: bool, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Let dense calls with a head size of 16 read by TMA, or none; return their dtype."""
     monkeypatch.setattr(forward_launch, "_BY_TMA", (16,) if tma else ())
+    monkeypatch.setattr(forward_launch, "TMA_WORK", 0.0)
     real = forward_launch.forward_launch
 
     def seen(*args, **kwargs):
@@ -106,6 +107,7 @@ def test_what_tma_cannot_read_takes_pointers(monkeypatch: pytest.MonkeyPatch) ->
     ways: list[bool] = []
     real = forward_launch.forward_launch
     monkeypatch.setattr(forward_launch, "_BY_TMA", (16,))
+    monkeypatch.setattr(forward_launch, "TMA_WORK", 0.0)
     monkeypatch.setattr(
         forward_launch,
         "forward_launch",

@@ -164,12 +164,16 @@ class TritonAttention:
         self._heavy = bool(spec.features & _HEAVY)
         self._tile = forward_launch.choose_tile(
             device.arch, spec.dtype, spec.head_dim, spec.head_dim_v,
-            causal=Feature.CAUSAL in spec.features, heavy=self._heavy, packed=Feature.VARLEN in spec.features,
+            causal=Feature.CAUSAL in spec.features, heavy=self._heavy,
         )  # fmt: skip
         self._by_tma = forward_launch.by_tma(
             device.arch, spec.dtype, spec.head_dim, spec.head_dim_v, heavy=self._heavy,
-            packed=Feature.VARLEN in spec.features,
+            packed=Feature.VARLEN in spec.features, invariant=Feature.BATCH_INVARIANT in spec.features,
         )  # fmt: skip
+        if self._by_tma:
+            self._tma_tile = forward_launch.choose_tile(
+                device.arch, spec.dtype, spec.head_dim, spec.head_dim_v, causal=False, heavy=False, tma=True
+            )
         self._fp32_products = spec.dtype is torch.float32 and device.platform == "cuda"
         # Stand in for what a launch is described with before it exists.
         self._lse = torch.empty(0, dtype=torch.float32, device="meta")
@@ -205,7 +209,9 @@ class TritonAttention:
         return forward
 
     def _bind(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, tf32: bool) -> Forward:
-        if not self._by_tma or not self._launches.describable(q, k, v):
+        launches = self._launches
+        worth = self._by_tma and launches.work_of(q, k, args.causal) >= launches.TMA_WORK
+        if not worth or not launches.describable(q, k, v):
             return self._bind_way(q, k, v, args, tf32, tma=False)
         ways: dict[bool, Forward] = {}
 
@@ -224,12 +230,13 @@ class TritonAttention:
         lse = self._lse if args.need_lse else None
         rng = self._rng if args.dropout_p else None
         tidy = _tidy(args)
+        tile = self._tma_tile if tma else self._tile
 
         def launch(tile: Tile) -> Launch:
             made: Launch = self._launches.forward_launch(q, k, v, q, lse, rng, tidy, tile, tf32, tma)
             return made
 
-        return _prepared(self._bound(made_of=(self._tile, launch)), q, v, args)
+        return _prepared(self._bound(made_of=(tile, launch)), q, v, args)
 
     def backward(
         self,
