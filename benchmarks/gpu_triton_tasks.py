@@ -57,6 +57,21 @@ LONG_CASES: tuple[Case, ...] = (
          options={"softcap": 5.0, **_CAUSAL}),
     Case("long_deterministic_d64", "", batch=1, seqlen_q=517, seqlen_k=777, options={"deterministic": True, **_CAUSAL}),
 )  # fmt: skip
+#: And these have many turns of a loop in many programs: a race that hit one turn in some thousand passed all others
+#: (docs/triton.md). The dense ones are long enough to be read by TMA.
+FAR_CASES: tuple[Case, ...] = (
+    *[
+        Case(f"far_{kind}_d{d}", "", batch=1, seqlen_q=4096, seqlen_k=4096, num_heads=16, num_kv_heads=4, head_dim=d,
+             head_dim_v=d, options=options, grad=False)
+        for d in (64, 128, 256)
+        for kind, options in (("full", {}), ("causal", _CAUSAL))
+    ],
+    *[
+        Case(f"far_varlen_d{d}", "", lengths=((2048, 2048), (1024, 1024), (1, 3000), (1500, 1700)), tail=9,
+             num_heads=16, num_kv_heads=4, head_dim=d, head_dim_v=d, options=_CAUSAL, grad=False)
+        for d in (64, 128)
+    ],
+)  # fmt: skip
 LONG_PAGED_CASES: tuple[PagedCase, ...] = (
     *[
         PagedCase(f"long_{name}_d{d}_{page}", "", lengths, num_heads=8, num_kv_heads=2, head_dim=d, head_dim_v=d,
@@ -90,7 +105,7 @@ COMBINED_CASES: tuple[Case, ...] = tuple(
 
 def dense_cases() -> dict[str, Case]:
     """Return the dense and packed cases by name."""
-    return {case.name: case for case in (*CASES, *LONG_CASES, *COMBINED_CASES)}
+    return {case.name: case for case in (*CASES, *LONG_CASES, *FAR_CASES, *COMBINED_CASES)}
 
 
 def paged_cases() -> dict[str, PagedCase]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.gpu_triton_tasks import FAR_CASES
 from gpu_sync import no_synchronisation
 from vllm_accel import State, UnsupportedCallError, attention, attention_varlen, explain
 from vllm_accel.dispatch import registry
@@ -45,6 +46,13 @@ def _qkv(s: int = 256, dtype: torch.dtype = torch.bfloat16, **kw) -> list[torch.
 @pytest.mark.parametrize("name", _available())
 def test_every_backend_is_right_or_says_why_not(name: str, case: Case, dtype: str) -> None:
     outcome = check_backend(registry.get("attention", name), case, dtype=DTYPES[dtype], where="cuda")
+    assert outcome.ran or outcome.reasons
+
+
+@pytest.mark.parametrize("case", FAR_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("name", [name for name in _available() if name in ("triton", "gluon_hopper")])
+def test_long_calls_of_our_kernels_are_right(name: str, case: Case) -> None:
+    outcome = check_backend(registry.get("attention", name), case, dtype=torch.bfloat16, where="cuda")
     assert outcome.ran or outcome.reasons
 
 

@@ -21,6 +21,7 @@ from vllm_accel.ops import run as ops_run
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
+from benchmarks.gpu_triton_tasks import FAR_CASES
 from vllm_accel.kernels.triton import forward_launch, launch, tiles
 from vllm_accel.kernels.triton.launch import Bound, Launch
 from vllm_accel.kernels.triton.tiles import Tile
@@ -459,3 +460,9 @@ def test_it_is_explained_for_packed_calls_too() -> None:
         sinks=_meta(8), device="a100", backend="triton",
     )  # fmt: skip
     assert selection.chosen == "triton"
+
+
+@pytest.mark.parametrize("case", [case for case in FAR_CASES if not case.lengths], ids=lambda case: case.name)
+def test_the_far_cases_are_read_by_tma(case: Any) -> None:
+    q = torch.empty(case.batch, case.seqlen_q, case.num_heads, case.head_dim, device="meta")
+    assert forward_launch.work_of(q, q, bool(case.options.get("causal"))) >= forward_launch.TMA_WORK
