@@ -9,7 +9,7 @@ pointers, and one thread asks for a whole tile. A descriptor ends with the tenso
 of a packed sequence is the next one, or what was never written, so packed calls read by pointers.
 
 Layouts: q, k, v (B, S, heads, D) or packed (T, heads, D) with cu_seqlens, any strides with the innermost 1; out and lse
-contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal` or `_heavy` where those differ.
+contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal`, `_heavy` or `_tma` where those differ.
 """
 
 import triton
