@@ -412,6 +412,13 @@ def test_the_triton_kernels_stand_before_pytorchs_for_gradients_once_they_are_bu
     assert explain(attention, *training, device="a100").chosen == "triton"
 
 
+def test_many_options_compile_longer_than_a_call_may_wait(env) -> None:
+    env(VLLM_ACCEL_DISABLED_BACKENDS="flash_attn,xformers,mslk")
+    options = {"window_size": (64, 64), "softcap": 4.0, "alibi_slopes": torch.empty(32, device="meta")}
+    selection = explain(attention, *_meta(), device="a100", **options)
+    assert selection["triton"].state is State.HELD_BACK and "about 3 s" in str(selection["triton"])
+
+
 @pytest.mark.parametrize(("grad", "said"), [(False, "about 5 s"), (True, "about 10 s")])
 def test_what_a_kind_of_call_compiles_is_told(env, grad: bool, said: str) -> None:
     env(VLLM_ACCEL_DISABLED_BACKENDS="flash_attn,xformers,mslk")

@@ -130,15 +130,14 @@ def stream_attention(
         before += n
         token, len_q, len_k = next_token, next_q, next_k
     if cuts:
-        join_sequence(
-            first, sequence_before, start, stop, place, counter, part_ptr, part_lse, cu_seqlens, seqused_k, sinks,
-            out_ptr, lse_ptr, batch, tokens, most, high_q, kv_head, num_heads, tile,
-            GROUP, DV, BLOCK_DV, BLOCK_M, UNIT, SINKS, JOIN_S, JOIN_R,
-        )  # fmt: skip
-        if last != first:
+        # The first of a team's sequences and the last, where that is another: one piece of code for both, which takes a
+        # fifth less time to compile.
+        for i in range(tl.where(last != first, 2, 1)):
+            ends = i == 1
             join_sequence(
-                last, before_last, start, stop, place_last, counter_last, part_ptr, part_lse, cu_seqlens, seqused_k,
-                sinks, out_ptr, lse_ptr, batch, tokens, most, high_q, kv_head, num_heads, tile,
+                tl.where(ends, last, first), tl.where(ends, before_last, sequence_before), start, stop,
+                tl.where(ends, place_last, place), tl.where(ends, counter_last, counter), part_ptr, part_lse,
+                cu_seqlens, seqused_k, sinks, out_ptr, lse_ptr, batch, tokens, most, high_q, kv_head, num_heads, tile,
                 GROUP, DV, BLOCK_DV, BLOCK_M, UNIT, SINKS, JOIN_S, JOIN_R,
             )  # fmt: skip
     if tail > 0:
