@@ -76,8 +76,8 @@ def _compile_seconds(spec: AttentionSpec) -> float:
     """Return what compiling a kind of call takes; later processes find it on disk.
 
     An H200, `python -m benchmarks.first_calls --jobs 8`, 2026-11-30: 1.3 to 1.9 s for a forward, dense, packed or over
-    pages; 3.8 and 4.2 s with gradients, which take three to five more kernels. Calls with three options and more, and the
-    decode of today, were compiled without a GPU only, on two cores: in 2.3 to 3.1 s and 1.1 to 1.7 s, where a plain
+    pages; 3.8 and 4.2 s with gradients, which take three to five more kernels. Calls with three options and more, and
+    the decode of today, were compiled without a GPU only, on two cores: in 2.3 to 3.1 s and 1.1 to 1.7 s, where a plain
     forward took 1 s.
     """
     if Feature.GRAD in spec.features:
