@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
-from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from vllm_accel.kernels.triton.launch import Launch, listening, run
+from vllm_accel.kernels.triton.launch import Encoded, Launch, listening, run
 
 #: Releases whose launcher was read (backends/nvidia/driver.py): it encodes descriptors by attributes, from any object.
 _DIRECT = triton.__version__.startswith("3.6.")
-
-
-class _Encoded(NamedTuple):
-    """What the launcher reads of a descriptor; a `TensorDescriptor` checks itself for 3 us."""
-
-    base: Tensor
-    shape: list[int]
-    strides: list[int]
-    padding: str = "zero"
 
 
 #: Kernel, constexprs, dtype, device -> launcher, function, metadata. No integer of these kernels is specialised.
@@ -60,7 +50,7 @@ class Bound:
         launcher, function, metadata = compiled
         launcher(
             *self._grid, triton.runtime.driver.active.get_current_stream(self._index), function, metadata, None, None,
-            None, *map(_Encoded, args, self._shapes, self._strides), *args[len(self._shapes) :], *self._fixed,
+            None, *map(Encoded, args, self._shapes, self._strides), *args[len(self._shapes) :], *self._fixed,
         )  # fmt: skip
 
     def _first(self, *args: Any) -> None:

@@ -36,13 +36,14 @@ _new = tuple.__new__
 Described = tuple[list[int], list[int], list[int]]
 
 
-class _Encoded(NamedTuple):
+class Encoded(NamedTuple):
     """What the launcher reads of a descriptor; a `TensorDescriptor` checks itself for 3 us."""
 
     base: Tensor
     shape: list[int]
     strides: list[int]
     padding: str = "zero"
+    round_f32_to_tf32: bool = False  # read from Triton 3.7 on
 
 
 class Launch(NamedTuple):
@@ -176,7 +177,7 @@ class Bound:
         launcher, function, metadata = compiled
         lead: Any = self._nothing
         if self._encoded:
-            lead = [_new(_Encoded, (t, *how, "zero")) for t, how in zip(tensors, self._encoded, strict=False)]
+            lead = [_new(Encoded, (t, *how, "zero", False)) for t, how in zip(tensors, self._encoded, strict=False)]
         launcher(
             *self._grid, self._stream_of(self._index), function, metadata, None, None, None,
             *lead, *addresses, *values, *self._fixed,
