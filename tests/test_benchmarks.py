@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -220,6 +221,28 @@ def test_slow_contestants_get_fewer_rounds_and_failures_end_only_themselves() ->
     assert {name: len(timed.rounds) for name, timed in found.items()} == {"slow": 2, "quick": 9, "fails": 0}
     assert found["fails"].error.startswith("ZeroDivisionError") and found["fails"].seconds is None
     assert found["quick"].seconds == 1e-3 and found["quick"].peak == 5
+
+
+def test_nobody_always_follows_the_same_contestant() -> None:
+    class Clock:
+        def __init__(self) -> None:
+            self.order: list[str] = []
+
+        def seconds(self, call: Any, times: int) -> float:
+            self.order.append(call())
+            return 1e-3
+
+        def peak(self, call: Any) -> int | None:
+            return 0
+
+    orders = []
+    for _ in range(2):
+        clock = Clock()
+        timing.in_turns({name: lambda name=name: name for name in "abcd"}, clock, 7)  # type: ignore[misc]
+        orders.append(clock.order[4:])
+    assert orders[0] == orders[1] and all(set(orders[0][at : at + 4]) == set("abcd") for at in range(0, 28, 4))
+    followers = {pair for pair in itertools.pairwise(orders[0]) if pair[0] != pair[1]}
+    assert all(len({before for before, after in followers if after == name}) == 3 for name in "abcd")
 
 
 def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -153,7 +154,11 @@ def in_turns(
     round_seconds: float = ROUND_SECONDS,
     budget_seconds: float = BUDGET_SECONDS,
 ) -> dict[str, Timed]:
-    """Time every call `rounds` times (slow ones less often) in turns; an exception ends that contestant only."""
+    """Time every call `rounds` times (slow ones less often) in turns; an exception ends that contestant only.
+
+    The order of each round is drawn anew, the same in every run: what a GPU's power limit leaves a call depends on what
+    ran just before it (on an H200 one kernel differed by a tenth), so nobody always follows the same other.
+    """
     found = {name: Timed() for name in calls}
     times: dict[str, int] = {}
     limit: dict[str, int] = {}
@@ -166,12 +171,11 @@ def in_turns(
             limit[name] = max(2, min(rounds, int(budget_seconds / (once * times[name]))))
 
         _guarded(found[name], first)
-    order = list(calls)
+    names = list(calls)
     for index in range(rounds):
-        for name in order:
+        for name in random.Random(index).sample(names, len(names)):
             if not found[name].error and index < limit[name]:
                 _guarded(found[name], lambda name=name: _add(found[name], timer.seconds(calls[name], times[name])))  # type: ignore[misc]
-        order = order[1:] + order[:1]
     return found
 
 
