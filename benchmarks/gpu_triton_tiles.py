@@ -116,32 +116,36 @@ _DECODE = {
     "m16_d128_8bit": _tiles((16, 64, 4, 3), (16, 128, 4, 3), (16, 128, 8, 3), (16, 64, 4, 4)),
     "m16_d512": _tiles((16, 32, 4, 3), (16, 64, 8, 2), (16, 32, 8, 3), (16, 16, 4, 3)),
     "prefill_d128": _tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (128, 128, 8, 2)),
+    "prefill_d512": _tiles((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 3), (64, 16, 8, 3), (32, 32, 8, 3)),
 }
-#: Name, entry, sequences and keys of each, block size.
+#: Name, entry, query tokens, key heads, heads of each, sequences and keys of each, block size.
 _CACHES = (
-    ("decode_b32_4k_page16", "m16_d128", 32, 4096, 16),
-    ("decode_b32_4k_page64", "m16_d128", 32, 4096, 64),
-    ("decode_b16_16k_page16", "m16_d128", 16, 16384, 16),
-    ("decode_b1_16k_page16", "m16_d128", 1, 16384, 16),
-    ("decode_d64_b32_4k_page16", "m16_d64", 32, 4096, 16),
-    ("decode_fp8_b32_4k_page16", "m16_d128_8bit", 32, 4096, 16),
-    ("mla_16h_b32_4k_page64", "m16_d512", 32, 4096, 64),
-    ("prefill_2k_of_8k_page16", "prefill_d128", 1, 8192, 16),
+    ("decode_b32_4k_page16", "m16_d128", 1, 8, 4, 32, 4096, 16),
+    ("decode_b32_4k_page64", "m16_d128", 1, 8, 4, 32, 4096, 64),
+    ("decode_b16_16k_page16", "m16_d128", 1, 8, 4, 16, 16384, 16),
+    ("decode_b1_16k_page16", "m16_d128", 1, 8, 4, 1, 16384, 16),
+    ("decode_d64_b32_4k_page16", "m16_d64", 1, 8, 4, 32, 4096, 16),
+    ("decode_fp8_b32_4k_page16", "m16_d128_8bit", 1, 8, 4, 32, 4096, 16),
+    ("mla_16h_b32_4k_page64", "m16_d512", 1, 1, 16, 32, 4096, 64),
+    ("mla_128h_b32_4k_page64", "prefill_d512", 1, 1, 128, 32, 4096, 64),
+    ("mla_128h_b4_8k_page64", "prefill_d512", 1, 1, 128, 4, 8192, 64),
+    ("prefill_2k_of_8k_page16", "prefill_d128", 2048, 8, 4, 1, 8192, 16),
 )
 
 
 def _paged() -> list[Problem]:
     made = []
-    for name, key, batch, length, page in _CACHES:
+    for name, key, queries, kv_heads, group, batch, length, page in _CACHES:
         latent = key.endswith("d512")
         d = 576 if latent else int(key.split("_d")[1].split("_")[0])
-        d_v, kv_heads, group = (512, 1, 16) if latent else (d, 8, 4)
+        d_v = 512 if latent else d
         cache = _E4M3 if key.endswith("8bit") else _BF16
-        queries = 2048 if key.startswith("prefill") else 1
         call = functools.partial(tile_problems.paged_data, d=d, d_v=d_v, cache=cache, group=group)
         stored = batch * length * kv_heads * (d if latent else 2 * d) * cache.itemsize
         passed = batch * queries * group * kv_heads * (d + d_v) * 2
-        flops = 2.0 * queries * (length - queries / 2) * group * kv_heads * (d + d_v) if queries > 1 else 0.0
+        # With few heads a key head a decode is bound by the memory.
+        bound = queries > 1 or group > 64
+        flops = 2.0 * batch * queries * (length - queries / 2) * group * kv_heads * (d + d_v) if bound else 0.0
         small = {"queries": min(queries, 40), "kv_heads": 1, "used": [min(queries, 40), 175, 1333], "page": page}
         large = {"queries": queries, "kv_heads": kv_heads, "used": [length] * batch, "page": page}
         made.append(

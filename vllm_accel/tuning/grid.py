@@ -149,7 +149,8 @@ def gpu_attention() -> tuple[Work, ...]:
     square = _lattice((1, 4, 16), (256, 1024, 4096, 16384))
     wide = _lattice((1, 4, 16), (256, 1024, 4096))
     decode = _caches((1, 4, 16, 64), (1,), (512, 2048, 8192, 32768))
-    chunk = _caches((1, 4), (128, 512, 2048), (2048, 8192, 32768))
+    # 256 too: kernels take 128 rows a tile, so that 129 tokens are two tiles, which 128 tell nothing of.
+    chunk = _caches((1, 4), (128, 256, 512, 2048), (2048, 8192, 32768))
     train = _lattice((1, 4), (512, 2048, 8192))
     eight = tuple(((64, 8), point) for point in ((16, 1, 2048), (4, 1, 8192), (16, 1, 512), (64, 1, 2048)))
     return (
