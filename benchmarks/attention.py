@@ -18,7 +18,9 @@ import torch
 
 from benchmarks import machine, shapes
 from benchmarks.attention_calls import AUTO, contestants
+from vllm_accel import warmup
 from vllm_accel.tuning import check, timing
+from vllm_accel.tuning.attention import call_of
 from vllm_accel.tuning.measure import step
 from vllm_accel.tuning.shape import Shape
 from vllm_accel.tuning.timing import Call, Timed
@@ -61,24 +63,36 @@ class Report:
     error: str = ""
 
 
-def measure(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int, only: str) -> Report:
-    """Check and time every contestant on one shape; whatever fails becomes text in the report."""
+def measure(
+    shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int, only: str = "", without: str = "",
+    warm: bool = False,
+) -> Report:  # fmt: skip
+    """Check and time every contestant on one shape; whatever fails becomes text in the report.
+
+    Args:
+        only, without: words, by comma; contestants with one of them in their name take part, or do not.
+        warm: `vllm_accel.warmup` first, as a server does, so that automatic choice may take what compiles for long.
+    """
     report = Report(shape)
     try:
-        _measure(report, device, dtype, rounds, only)
+        _measure(report, device, dtype, rounds, only, without, warm)
     except Exception as error:  # out of memory, say: the next shape may be smaller
         report.error = timing.text_of(error)
     return report
 
 
-def _measure(report: Report, device: torch.device, dtype: torch.dtype, rounds: int, only: str) -> None:
+def _measure(
+    report: Report, device: torch.device, dtype: torch.dtype, rounds: int, only: str, without: str, warm: bool
+) -> None:
     shape = report.shape
     inputs = shape.make(dtype, device)
+    if warm:
+        warmup(call_of(shape), inputs.q, inputs.k, inputs.v, **inputs.options)
     attends, report.refused, report.chosen = contestants(shape, inputs)
     truth = check.parts(shape, inputs)
     calls: dict[str, Call] = {}
     for name, attend in attends.items():
-        if only and not any(word in name for word in only.split(",")):
+        if (only and not _has(name, only)) or (without and _has(name, without)):
             continue
         call = step(attend, shape, inputs)
         try:
@@ -94,6 +108,10 @@ def _measure(report: Report, device: torch.device, dtype: torch.dtype, rounds: i
     report.matmul_tflops = work[MATMUL] / matmul * 1e-12 if matmul else None
     report.copy_gbs = work[COPY] / copy * 1e-9 if copy else None
     report.results += [_result(name, timed, report, dtype) for name, timed in found.items()]
+
+
+def _has(name: str, words: str) -> bool:
+    return any(word in name for word in words.split(","))
 
 
 def yardsticks(device: torch.device, dtype: torch.dtype, small: bool) -> tuple[dict[str, Call], dict[str, float]]:
@@ -174,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--backends", default="", metavar="NAME", help="only contestants whose name contains one of these"
     )
+    parser.add_argument("--without", default="", metavar="NAME", help="no contestants whose name contains one of these")
+    parser.add_argument("--warm", action="store_true", help="warm up first: automatic choice may take what compiles")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, for the tests: numbers mean nothing")
     given = parser.parse_args(argv)
@@ -188,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(machine.describe(facts), f"{dtype}", "", sep="\n", flush=True)
     reports = []
     for shape in wanted:
-        reports.append(measure(shape, device, dtype, given.rounds, given.backends))
+        reports.append(measure(shape, device, dtype, given.rounds, given.backends, given.without, given.warm))
         show(reports[-1])
         if given.json:  # after every shape: a run that is cut short still leaves what it found
             _write(given.json, facts, dtype, reports)

@@ -157,6 +157,22 @@ def test_attention_reports_a_backend_that_raises_or_is_wrong(monkeypatch: pytest
     assert f"attention() = {FIRST_ON_CPU}" in printed
 
 
+def test_attention_leaves_out_who_is_not_wanted_and_warms_up_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warmed: list[Any] = []
+    monkeypatch.setattr(attention_benchmark, "warmup", lambda call, *tensors, **options: warmed.append(options))
+    path = tmp_path / "a.json"
+    given = ["--quick", "--rounds", "1", "--shapes", "causal", "--json", str(path)]
+    assert attention_benchmark.main([*given, "--without", "reference,by hand"]) == 0 and not warmed
+    data = json.loads(path.read_text())
+    assert {r["name"] for report in data["shapes"] for r in report["results"]} == {AUTO, "sdpa_cpu", FIRST_ON_CPU}
+    assert attention_benchmark.main([*given, "--backends", "sdpa", "--without", "hand", "--warm"]) == 0
+    data = json.loads(path.read_text())
+    assert {r["name"] for report in data["shapes"] for r in report["results"]} == {"sdpa_cpu"}
+    assert [options["causal"] for options in warmed] == [True] * len(data["shapes"])
+
+
 def test_a_shape_that_does_not_fit_becomes_text(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("tried to allocate 1 TiB")
