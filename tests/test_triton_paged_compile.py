@@ -80,12 +80,17 @@ def spills_between_products(compiled: Compiled) -> int:
     return sum(op in ("STL", "LDL") for op in code[products[0] : products[-1]])
 
 
-def assert_good(launch: Launch, arch: str, blocks: int = 1) -> None:
+def assert_good(launch: Launch, arch: str, blocks: int = 1, spills: int = 0) -> None:
     compiled = compile_launch(launch, arch)
     on_nvidia = arch.startswith("sm_")
     assert_fits(compiled, arch, max_spills=10**6 if on_nvidia else 0, blocks=blocks)
     if on_nvidia:
-        assert spills_between_products(compiled) == 0, str(compiled)
+        assert spills_between_products(compiled) <= spills, str(compiled)
+
+
+#: 64 latent rows on Hopper: the tile that spills is the fastest all the same (181 us for 128 heads, 32 x 4096 tokens;
+#: the next ones, which do not or hardly, 210 and 250 us: `benchmarks/results/h200/triton_tiles_mla.json`).
+MLA_SPILLS = {("sm_90", "m64"): 50, ("sm_90", "prefill"): 50}
 
 
 #: An FP8 cache where e4m3 is decoded by hand, by the chip, and on AMD; the rest with the slow tests.
@@ -163,7 +168,8 @@ def test_mla_fits(arch: str) -> None:
 )
 def test_every_tile_fits(arch: str, height: str, kind: Any) -> None:
     if isinstance(kind, str):
-        assert_good(launch_of(arch, height, mla=True, kv_dtype=E4M3 if "e4m3" in kind else BF16)[0], arch)
+        launch, _ = launch_of(arch, height, mla=True, kv_dtype=E4M3 if "e4m3" in kind else BF16)
+        assert_good(launch, arch, spills=MLA_SPILLS.get((arch, height), 0))
         return
     head_dim, dtype = kind
     if dtype is torch.float32:
