@@ -71,6 +71,12 @@ FAR_CASES: tuple[Case, ...] = (
              num_heads=16, num_kv_heads=4, head_dim=d, head_dim_v=d, options=_CAUSAL, grad=False)
         for d in (64, 128)
     ],
+    # Few tiles over many keys: programs share out the keys (`backends.triton_decode`).
+    *[
+        Case(f"far_chunk_d{d}", "", batch=batch, seqlen_q=queries, seqlen_k=9000, num_heads=8, num_kv_heads=2,
+             head_dim=d, head_dim_v=d, options=_CAUSAL)
+        for d, batch, queries in ((64, 1, 200), (128, 2, 100))
+    ],
 )  # fmt: skip
 LONG_PAGED_CASES: tuple[PagedCase, ...] = (
     *[

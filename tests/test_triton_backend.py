@@ -13,6 +13,7 @@ import torch
 from vllm_accel import State, attention, attention_varlen, explain
 from vllm_accel.backends import triton as adapter
 from vllm_accel.backends.triton import BACKEND, TritonAttention
+from vllm_accel.backends.triton_decode import shares_keys
 from vllm_accel.dispatch.backend import AttentionArgs
 from vllm_accel.dispatch.device import PRESETS
 from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
@@ -463,9 +464,17 @@ def test_it_is_explained_for_packed_calls_too() -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in FAR_CASES if not case.lengths], ids=lambda case: case.name)
-def test_the_far_cases_are_read_by_tma(case: Any) -> None:
+def test_the_far_cases_are_read_by_tma_or_share_their_keys(case: Any) -> None:
     q = torch.empty(case.batch, case.seqlen_q, case.num_heads, case.head_dim, device="meta")
-    assert forward_launch.work_of(q, q, bool(case.options.get("causal"))) >= forward_launch.TMA_WORK
+    k = torch.empty(case.batch, case.seqlen_k, case.num_kv_heads, case.head_dim, device="meta")
+    sizes = (case.num_heads, case.num_kv_heads, case.head_dim, case.head_dim, case.batch, case.seqlen_q, case.seqlen_k)
+    spec = AttentionSpec(torch.bfloat16, torch.bfloat16, *sizes, Relation.SHORTER, Feature(0))
+    args = AttentionArgs(
+        *(None,) * 8, case.seqlen_q, case.seqlen_k, 0.25, True, (-1, -1), 0.0, 0.0, True, False, False
+    )  # fmt: skip
+    shared = shares_keys(spec, q, k, k, args, 132)
+    assert shared == ("chunk" in case.name)
+    assert shared or forward_launch.work_of(q, q, bool(case.options.get("causal"))) >= forward_launch.TMA_WORK
 
 
 @pytest.mark.parametrize("metadata", [True, False], ids=["TMA", "pointers"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_accel.backends.triton import BACKEND, TritonAttention
-from vllm_accel.backends.triton_decode import decodes
+from vllm_accel.backends.triton_decode import shares_keys
 from vllm_accel.dispatch.backend import AttentionArgs
 from vllm_accel.dispatch.device import PRESETS
 from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
@@ -33,6 +33,9 @@ CASES = (
     Case("descale", "", seqlen_q=1, seqlen_k=300, descale=True, **_DECODE),
     Case("heads first", "", seqlen_q=4, seqlen_k=300, layout="heads_first", options={"causal": True}, **_DECODE),
     Case("packed", "", seqlen_q=5, seqlen_k=300, layout="packed_qkv", options={"causal": True}, **_DECODE),
+    Case("chunk", "", seqlen_q=21, seqlen_k=4110, options={"causal": True}, sinks=True,
+         **{**_DECODE, "batch": 1, "num_heads": 2, "num_kv_heads": 1}),
+    Case("chunk, not causal", "", seqlen_q=150, seqlen_k=4097, **{**_DECODE, "batch": 1, "num_heads": 2}),
 )  # fmt: skip
 
 
@@ -76,15 +79,26 @@ def test_longer_lengths_are_the_same_kernel(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_takes_the_forward_kernel() -> None:
-    k = torch.empty(2, 600, 2, 16, device="meta")
     spec = _kernel()._spec
-    assert decodes(spec, k, k, _args(8, 600))
-    assert not decodes(spec, k, k, _args(9, 600))
-    assert not decodes(spec, k, k, _args(1, splits.MIN_SPLIT - 1))
+
+    def shares(
+        args: AttentionArgs, spec: AttentionSpec = spec, k: torch.Tensor | None = None, sm_count: int = 132
+    ) -> bool:
+        q = torch.empty(2, args.max_seqlen_q, 4, 16, device="meta")
+        dense = torch.empty(2, args.max_seqlen_k, 2, 16, device="meta")
+        return shares_keys(spec, q, dense if k is None else k, dense, args, sm_count)
+
+    assert shares(_args(8, 600)) and not shares(_args(1, splits.MIN_SPLIT - 1))
     for feature in (Feature.VARLEN, Feature.BIAS, Feature.MASK, Feature.DROPOUT, Feature.BATCH_INVARIANT):
-        assert not decodes(_kernel(feature)._spec, k, k, _args(1, 600))
+        assert not shares(_args(1, 600), _kernel(feature)._spec)
+        assert not shares(_args(100, 6000), _kernel(feature)._spec)
     far = torch.empty_strided((2, 600, 2, 16), (2**32, 2**22, 16, 1), device="meta")
-    assert not decodes(spec, far, k, _args(1, 600))
+    assert not shares(_args(1, 600), k=far)
+    # A chunk has a tile for each sequence, head and 128 queries: 8, 40 and 48 here.
+    assert shares(_args(9, 4096)) and not shares(_args(9, 4095))
+    assert shares(_args(640, 9000)) and not shares(_args(641, 9000)) and not shares(_args(640, 9000), sm_count=119)
+    assert shares(_args(9, 4096), sm_count=24) and not shares(_args(9, 4096), sm_count=0)
+    assert not shares(_args(9, 4096)._replace(window_size=(5000, -1)))
 
 
 def test_a_plan_takes_other_tensors_and_keeps_none() -> None:

@@ -191,10 +191,10 @@ class TritonAttention:
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Forward:
         """Return `forward` for calls with these sizes, strides and options; tensors and floats may differ."""
-        from vllm_accel.backends.triton_decode import decodes, prepare_decode
+        from vllm_accel.backends.triton_decode import prepare_shared, shares_keys
 
-        if decodes(self._spec, k, v, args):
-            return prepare_decode(self._spec, self._device, q, _tidy(args))
+        if shares_keys(self._spec, q, k, v, args, self._device.sm_count):
+            return prepare_shared(self._spec, self._device, q, _tidy(args))
         if not self._fp32_products:
             return self._bind(q, k, v, args, tf32=False)
         # The switch may be turned between two calls of one plan. The other way is bound by the call that needs it: what

@@ -2,7 +2,8 @@
 
 The forward kernel gives each query head a tile of rows of its own, so that one query fills a 128th of it and nobody
 shares out the keys: 32 % of the copy rate on an H200, where the paged kernel reaches 85 % and more (32 sequences of
-4096 keys, 2026-11-27). That one packs the heads of a group into a tile and splits the keys.
+4096 keys, 2026-11-27). That one packs the heads of a group into a tile and splits the keys, which also pays for a chunk
+whose tiles are too few for the GPU: 220 us instead of 465 (113 queries, 46k keys, 24 heads; 2026-11-30).
 """
 
 from __future__ import annotations
@@ -24,20 +25,28 @@ from vllm_accel.kernels.triton.splits import DECODE_TOKENS, MIN_SPLIT
 _NOT = (Feature.VARLEN, Feature.BIAS, Feature.MASK, Feature.DROPOUT, Feature.BATCH_INVARIANT)
 _MAX_OFFSET = 2**31 - 1  # within a block, which here is a sequence
 _LONGEST_STEP = 128  # keys that a tile may read past the last one's place
+#: A chunk: at most one tile of 128 rows for three multiprocessors, over so many keys. With one for two it was no faster
+#: (2 x 170 queries, 16 heads, 8430 keys), nor with fewer keys (128 queries, 32 heads, 2048 keys: 41 us and 44).
+_TILE, _SHARE, _LONG = 128, 3, 4096
 
 
-def decodes(spec: AttentionSpec, k: Tensor, v: Tensor, args: AttentionArgs) -> bool:
-    """Tell whether a call is one: up to eight queries a sequence over keys that are worth sharing out."""
-    reach = (args.max_seqlen_k + _LONGEST_STEP) * max(k.stride(-3), v.stride(-3))
-    return (
-        not any(feature in spec.features for feature in _NOT)
-        and args.max_seqlen_q <= DECODE_TOKENS
-        and args.max_seqlen_k >= MIN_SPLIT
-        and reach <= _MAX_OFFSET
-    )
+def shares_keys(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, sm_count: int) -> bool:
+    """Tell whether programs should share out the keys: of a decode (up to eight queries), or of a chunk of few tiles.
+
+    Args:
+        sm_count: multiprocessors, 0 if unknown.
+    """
+    keys, queries = args.max_seqlen_k, args.max_seqlen_q
+    reach = (keys + _LONGEST_STEP) * max(k.stride(-3), v.stride(-3))
+    if any(feature in spec.features for feature in _NOT) or reach > _MAX_OFFSET:
+        return False
+    if queries <= DECODE_TOKENS:
+        return keys >= MIN_SPLIT
+    tiles = q.shape[0] * q.shape[2] * -(-queries // _TILE)
+    return keys >= _LONG and args.window_size[0] < 0 and _SHARE * tiles <= sm_count
 
 
-def prepare_decode(
+def prepare_shared(
     spec: AttentionSpec, device: Device, q: Tensor, args: AttentionArgs
 ) -> Callable[[Tensor, Tensor, Tensor, AttentionArgs], tuple[Tensor, Tensor | None, Tensor | None]]:
     """Return `forward` for calls with these sizes and options; tensors and floats may differ.
