@@ -68,6 +68,12 @@ _FORWARD = {
     128: _tiles((128, 64, 8, 2, 128), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2)),
     256: _tiles((128, 32, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2)),
 }
+#: The same, by TMA.
+_FORWARD_TMA = {
+    64: _tiles((64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 8, 3)),
+    128: _tiles((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2)),
+    256: _tiles((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (128, 32, 8, 2)),
+}
 _BACKWARD = {
     "fused_d64": _tiles((64, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)),
     "dkv_d64": _tiles((64, 128, 8, 2), (32, 64, 4, 3), (64, 64, 4, 3), (32, 64, 4, 2)),
@@ -89,6 +95,11 @@ def _forwards() -> list[Problem]:
         made.append(
             Problem(name, "forward", f"d{d}", _FORWARD[d], functools.partial(call, **_SMALL),
                     functools.partial(call, **sizes), flops=flops)
+        )  # fmt: skip
+        by_tma = functools.partial(call, tma=True)
+        made.append(
+            Problem(f"{name}_tma", "forward", f"d{d}_tma", _FORWARD_TMA[d], functools.partial(by_tma, **_SMALL),
+                    functools.partial(by_tma, **sizes), flops=flops)
         )  # fmt: skip
     return made
 

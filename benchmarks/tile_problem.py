@@ -34,6 +34,7 @@ class Entry(NamedTuple):
     Attributes:
         kernel, key: its place. candidates: tiles to try.
         check: a small call with odd lengths, on a device. timed: the calls whose times decide.
+        archs: where calls are made that read it; empty for everywhere.
     """
 
     kernel: str
@@ -41,6 +42,7 @@ class Entry(NamedTuple):
     candidates: tuple[Tile, ...]
     check: Callable[[Where], Data]
     timed: Callable[[Where], list[Data]]
+    archs: tuple[str, ...] = ()
 
 
 def tiles(

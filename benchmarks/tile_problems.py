@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.crosscompile import ARCHS
 from benchmarks.tile_gemm import grouped_gemm
 from benchmarks.tile_problem import Data, Entry, Where, random_tensor, tiles, unwritten
 from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
@@ -50,6 +51,28 @@ def _forward(head_dims: Sequence[int]) -> Iterator[Entry]:
                     for b, s in ((16, 1024), (2, 8192))
                 ],
             )
+        if archs := tuple(arch for arch in ARCHS if _by_tma(arch, d, dtype)):
+            yield _forward_by_tma(d, dtype, archs)
+
+
+def _by_tma(arch: str, d: int, dtype: torch.dtype) -> bool:
+    return forward_launch.by_tma(arch, dtype, d, d, heavy=False, packed=False, invariant=False)
+
+
+def _forward_by_tma(d: int, dtype: torch.dtype, archs: tuple[str, ...]) -> Entry:
+    """Return the entry of calls whose tiles come by TMA: one for causal ones and others, of TMA_WORK and more."""
+    sizes: dict[str, Any] = {"heads": WIDTH // d, "kv_heads": WIDTH // d, "tma": True}
+    return Entry(
+        kernel="forward",
+        key=f"d{d}_tma",
+        candidates=tiles((64, 128), (32, 64, 128), (4, 8), (2, 3, 4) if d <= 128 else (1, 2), (0,)),
+        check=lambda w: forward_data(w, d, dtype, "", batch=1, lengths=(77, 133), heads=2, kv_heads=1, tma=True),
+        timed=lambda w: [
+            forward_data(w, d, dtype, kind, batch=b, lengths=(s, s), **sizes)
+            for kind, b, s in (("", 4, 4096), ("_causal", 4, 4096), ("", 2, 8192))
+        ],
+        archs=archs,
+    )
 
 
 def _prefix(dtype: torch.dtype) -> str:
@@ -90,7 +113,7 @@ def _attention_args(lengths: tuple[int, int], d: int, **options: Any) -> Attenti
 
 def forward_data(
     where: Where, d: int, dtype: torch.dtype, kind: str, *,
-    batch: int, lengths: tuple[int, int], heads: int, kv_heads: int,
+    batch: int, lengths: tuple[int, int], heads: int, kv_heads: int, tma: bool = False,
 ) -> Data:  # fmt: skip
     q, k, v, _ = _inputs(where, d, dtype, batch, lengths, heads, kv_heads)
     out = unwritten(q.shape, q.dtype, where.device)
@@ -99,7 +122,7 @@ def forward_data(
     args = _attention_args(lengths, d, **options)
 
     def launches(tile: Tile) -> tuple[Launch, ...]:
-        return (forward_launch.forward_launch(q, k, v, out, lse, None, args, tile),)
+        return (forward_launch.forward_launch(q, k, v, out, lse, None, args, tile, tma=tma),)
 
     def verify() -> None:
         want, want_lse = attention_oracle(q, k, v, **options)

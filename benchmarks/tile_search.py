@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().error("no GPU here: name one with --arch, which implies --compile-only")
     device = detect(torch.device("cuda")) if given.arch is None else None
     arch = tiles.nearest(given.arch or (device.arch if device else ""), ARCHS)
-    chosen = [e for e in entries(given.kernel or tuple(KERNELS), given.head_dims) if given.keys in e.key]
+    every = entries(given.kernel or tuple(KERNELS), given.head_dims)
+    chosen = [e for e in every if given.keys in e.key and (not e.archs or arch in e.archs)]
     if not chosen:
         _parser().error(f"no entry has {given.keys!r} in its name")
     if given.compile_only or device is None:

@@ -36,6 +36,19 @@ def test_a_candidate_reaches_the_kernel(kernel: str) -> None:
         assert (launch.num_warps, launch.num_stages, launch.maxnreg) == tile[2:]
 
 
+def test_tiles_that_come_by_tma_are_searched_where_calls_read_them(capsys: pytest.CaptureFixture[str]) -> None:
+    made = {e.key: e for e in entries(["forward"], (64, 128, 256)) if e.archs}
+    assert set(made) == {"d64_tma", "d128_tma", "d256_tma"} and {e.archs for e in made.values()} == {("sm_90",)}
+    where = Where(torch.device("meta"), "sm_90")
+    for entry in made.values():
+        calls = entry.timed(where)
+        assert {call.launches(entry.candidates[0])[0].constexprs["RIGHT"] for call in calls} == {False, True}
+        assert all(call.launches(entry.candidates[0])[0].constexprs["TMA"] for call in (*calls, entry.check(where)))
+    with pytest.raises(SystemExit):
+        tile_search.main(["--arch", "sm_80", "--kernel", "forward", "--keys", "d128_tma"])
+    assert "no entry has 'd128_tma'" in capsys.readouterr().err
+
+
 def test_what_spills_or_does_not_fit_is_out() -> None:
     (entry,) = (e for e in entries(["paged"], (128,)) if e.key == "m16_d128")
     fits, spills, large = Tile(16, 32, 4, 2), Tile(16, 32, 4, 2, 64), Tile(16, 128, 4, 4)
