@@ -8,6 +8,10 @@ With TMA, on Hopper, tiles of dense calls come through descriptors that the laun
 pointers, and one thread asks for a whole tile. A descriptor ends with the tensor and gives zeros past it; past the end
 of a packed sequence is the next one, or what was never written, so packed calls read by pointers.
 
+HELD keeps q in registers, and waits for each product with v. So neither takes shared memory that keys could have, and
+the weights may take the registers of the logits: at D = 128 three programs fit a multiprocessor of Hopper instead of
+two, and while one computes weights, the others multiply (docs/triton.md).
+
 Layouts: q, k, v (B, S, heads, D) or packed (T, heads, D) with cu_seqlens, any strides with the innermost 1; out and lse
 contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal`, `_heavy` or `_tma` where those differ.
 """
@@ -49,13 +53,25 @@ def _block(tiles, pointer, stride, b, h, n0, count, SIZE: tl.constexpr, WIDTH: t
 
 
 @triton.jit
+def _in_registers(x):
+    """Return x (16 bits). Triton leaves what comes straight from a load in shared memory, as the left of a product."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
+def _finished(acc):
+    """Return acc (fp32), read here by no instruction: Triton waits for the product that makes it."""
+    return tl.inline_asm_elementwise("// $0", "=f,0", [acc], dtype=acc.dtype, is_pure=True, pack=1)
+
+
+@triton.jit
 def _attend(
     acc, m, l, q, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h, begin, end, rows, len_q, len_k, scale, softcap,
     slope, bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head, dropout_p,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     FOLD: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     WIDE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """Take the keys ``begin .. end`` into the running accumulator, maximum (base 2) and denominator of the rows."""
     cols = tl.arange(0, BLOCK_N)
@@ -81,6 +97,8 @@ def _attend(
             p = tl.where(kept(rng, sequence_head, rows[:, None], n0 + cols[None, :], dropout_p), p, 0.0)
         v_tile = _block(v_tiles, v, v_stride_t, b, h, n0, len_k, DV, BLOCK_DV, BLOCK_N, WIDE, MASKED, TMA)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        if HELD:
+            acc = _finished(acc)
         m = m_new
     return acc, m, l
 
@@ -113,7 +131,7 @@ def attention_forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     FOLD: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
-    WIDE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    WIDE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """Write out, contiguous (B, Sq, H, DV) or (T, H, DV), and lse (fp32, natural, (B, H, Sq) or (H, T)) unless it is
     None.
@@ -127,7 +145,7 @@ def attention_forward(
         *_DESCALE: dimensions of the factor (0, 1, 2). WIDE: offsets within a tile need 64 bits.
         PRECISION: of fp32 products. PRECISE: see `scores.tanh`. TMA: for dense calls of 16-bit numbers with heads that
             fill their tiles, FOLD, no option but RIGHT, sinks and the descale of v, and q, k and v that it can read
-            (`forward_launch.describable`).
+            (`forward_launch.describable`). HELD: with TMA, on NVIDIA GPUs: see above.
     """
     # Program -> (tile, head): `together` heads at a time, whose keys fit the L2 cache, and among those the tiles
     # with the most keys first, so that the last programs to run are short ones.
@@ -176,6 +194,8 @@ def attention_forward(
         q_tile = q_tiles.load([b, h, m0, 0]).reshape(BLOCK_M, D)
     else:
         q_tile = _tile(q, q_stride_t, len_q - m0, D, BLOCK_D, BLOCK_M, WIDE, True)
+    if HELD:
+        q_tile = _in_registers(q_tile)
 
     scale = softmax_scale
     if q_descale is not None:
@@ -202,19 +222,19 @@ def attention_forward(
             acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h_kv, first, inner, rows, len_q,
             len_k, scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head,
             dropout_p, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT,
-            RIGHT, True, TMA,
+            RIGHT, True, TMA, HELD,
         )  # fmt: skip
     acc, m, l = _attend(
         acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h_kv, inner, outer, rows, len_q,
         len_k, scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head,
         dropout_p, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT,
-        False, TMA,
+        False, TMA, HELD,
     )  # fmt: skip
     acc, m, l = _attend(
         acc, m, l, q_tile, k_tiles, v_tiles, k, v, k_stride_t, v_stride_t, b, h_kv, outer, last, rows, len_q,
         len_k, scale, softcap, slope, attn_bias, bias_stride_q, bias_stride_k, left, right, rng, sequence_head,
         dropout_p, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FOLD, SOFTCAP, ALIBI, BIAS, WIDE, PRECISE, PRECISION, LEFT, RIGHT,
-        True, TMA,
+        True, TMA, HELD,
     )  # fmt: skip
 
     present = tl.where(l == 0.0, 1.0, l)  # a row without keys: 0 and -inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import triton
 from vllm_accel.dispatch.backend import AttentionArgs
 from vllm_accel.kernels.triton.forward import attention_forward
 from vllm_accel.kernels.triton.launch import Described, Launch
@@ -18,6 +19,10 @@ _L2_BYTES = 20 << 20
 
 #: Head sizes with which tiles that come by TMA were the fastest on an H200 (docs/triton.md).
 _BY_TMA = (64, 128, 256)
+#: Of those, with which q in registers was faster too.
+_HELD = (128,)
+#: The interpreter knows no PTX.
+_COMPILED = isinstance(attention_forward, triton.runtime.JITFunction)
 #: Operations of a call from which that pays: descriptors cost the host 14 us there, and this takes the device 70.
 TMA_WORK = 3e10
 
@@ -133,7 +138,7 @@ def forward_launch(
         "SOFTCAP": args.softcap != 0.0, "ALIBI": alibi, "BIAS": bias_kind,
         "Q_DESCALE": dims[0], "K_DESCALE": dims[1], "V_DESCALE": dims[2],
         "WIDE": reach >= 1 << 31, "PRECISE": q.dtype is torch.float32, "PRECISION": "tf32" if tf32 else "ieee",
-        "TMA": tma,
+        "TMA": tma, "HELD": tma and head_dim in _HELD and _COMPILED,
     }  # fmt: skip
     described: tuple[Described | None, ...] = (None, None, None)
     if tma:
