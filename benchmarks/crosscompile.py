@@ -92,7 +92,7 @@ def compile_launch(launch: Launch, arch: str, **options: Any) -> Compiled:
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
     from vllm_accel.kernels.triton.assembling import assembling
-    from vllm_accel.kernels.triton.launch import arguments
+    from vllm_accel.kernels.triton.launch import arguments, compile_options
 
     if arch not in SHARED_LIMIT:
         raise ValueError(f"{arch!r} is not one of {', '.join(ARCHS)}")
@@ -101,8 +101,8 @@ def compile_launch(launch: Launch, arch: str, **options: Any) -> Compiled:
     if not isinstance(fn, JITFunction):
         raise TypeError(f"{fn} is a {type(fn).__name__}: only what triton.jit or gluon.jit returned can be compiled")
     given: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **options}
-    if launch.maxnreg and target.backend == "cuda":
-        given["maxnreg"] = launch.maxnreg
+    if target.backend == "cuda":
+        given |= compile_options(launch) | options
     with assembling(launch.constexprs, target) as more:
         # The steps of JITFunction.run between its look at the device and its launch.
         bind = create_function_from_signature(fn.signature, fn.params, backend)

@@ -225,14 +225,14 @@ def _gluons() -> list[Problem]:
 
 def _gluon_backwards() -> list[Problem]:
     try:
-        from vllm_accel.kernels.gluon.backward_sm90_launch import VARIANTS
+        from vllm_accel.kernels.gluon.backward_sm90_launch import PACKED_VARIANTS, VARIANTS
     except ImportError:
         return []
     small, large = VARIANTS[64], VARIANTS[128]
     variants = {
-        ("dkv", 64): (small._replace(bm=64, dkv_stages=4), small._replace(bm=64, dkv_stages=4, dkv_overlap=2)),
-        ("dkv", 128): (large._replace(dkv_overlap=0), large._replace(dkv_stages=2)),
-        ("dq", 64): (small._replace(dq_overlap=True), small._replace(bn=64, dq_stages=4, dq_overlap=True)),
+        ("dkv", 64): (small._replace(persistent=False), small._replace(dkv_stages=4)),
+        ("dkv", 128): (large._replace(dkv_stages=2),),
+        ("dq", 64): (PACKED_VARIANTS[64], small._replace(persistent=False), small._replace(dq_stages=4)),
         ("dq", 128): (large._replace(bn=128, dq_stages=2, dq_overlap=False), large._replace(dq_overlap=False)),
     }
     made = []

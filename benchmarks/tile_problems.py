@@ -182,6 +182,7 @@ def backward_data(
             given = {
                 "cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": lengths[0], "max_seqlen_k": lengths[1],
                 "softmax_scale": args.softmax_scale, "causal": True, "variant": tile,
+                "sm_count": where.sm_count,
             }  # fmt: skip
             return (gluon_launch(part, (q, k, v, dout), lse, delta, (dq, dk, dv), given),)
         if part == "dq":
@@ -217,7 +218,7 @@ def gluon_launch(
     q, k, v, dout = inputs
     dq, dk, dv = grads
     if part == "dq":
-        return gluon.dq_launch(q, k, v, dout, lse, delta, dq, **given)
+        return gluon.dq_launch(q, k, v, dout, lse, delta, dq, **given, after_dkv=False)
     return gluon.dkv_launch(q, k, v, dout, lse, delta, dk, dv, **given)
 
 

@@ -64,7 +64,7 @@ class Shared:
 
     def index(self, i):
         assert 0 <= i < self.shape[0], f"slot {i} of {self.shape[0]}"
-        return Shared(self.values[i], self.dtype)
+        return Shared(self.values[int(i)], self.dtype)  # an array as an index would copy
 
     def reshape(self, shape):
         return Shared(self.values.reshape(shape), self.dtype)
@@ -180,8 +180,11 @@ class Machine:
             namespace |= {name: defined[name] for name in re.findall(r"\w+", names)}
         text = re.sub(r"^from triton.*?(?=^\w+ = gl\.)", "", text, count=1, flags=re.MULTILINE | re.DOTALL)
         exec(compile(text.replace(".to(gl.int64)", ""), str(source), "exec"), namespace)
-        # These two are inline assembly.
-        namespace.update(named_sync=self.named_sync, named_arrive=self.named_arrive)
+        # These are inline assembly; there is no grid before or after.
+        namespace.update(
+            named_sync=self.named_sync, named_arrive=self.named_arrive, let_next_grid_start=lambda: None,
+            wait_for_grid_before=lambda: None,
+        )  # fmt: skip
         return namespace
 
     def launch(self, name, grid, args, constexprs):

@@ -6,6 +6,7 @@ above the arithmetic that should run under the products.
 """
 
 import functools
+import re
 from collections import Counter
 
 import pytest
@@ -18,12 +19,12 @@ from vllm_accel.kernels.gluon import backward_sm90_launch as launches
 
 @functools.cache
 def compiled(
-    kind, head_dim, causal, head_dim_v=None, dtype=torch.bfloat16, tokens=300, heads=8, packed=False, **options
+    kind, head_dim, causal, head_dim_v=None, dtype=torch.bfloat16, tokens=300, heads=8, packed=False, variant=None
 ):
     """Compile a kernel over meta tensors."""
     head_dim_v = head_dim_v or head_dim
     lead = (tokens,) if packed else (2, tokens)
-    variant = launches.VARIANTS[launches.tile_dim(head_dim, head_dim_v)]._replace(**options)
+    variant = variant or launches.variant_of(head_dim, head_dim_v, packed=packed)
 
     def meta(heads, size):
         return torch.empty(*lead, heads, size, dtype=dtype, device="meta")
@@ -33,11 +34,11 @@ def compiled(
     cu = torch.empty(4, dtype=torch.int32, device="meta") if packed else None
     given = {
         "softmax_scale": 0.1, "causal": causal, "variant": variant, "cu_seqlens_q": cu, "cu_seqlens_k": cu,
-        "max_seqlen_q": tokens, "max_seqlen_k": tokens,
+        "max_seqlen_q": tokens, "max_seqlen_k": tokens, "sm_count": 132,
     }  # fmt: skip
     if kind == "dkv":
         return compile_launch(launches.dkv_launch(q, k, v, dout, lse, lse, k, v, **given), "sm_90")
-    return compile_launch(launches.dq_launch(q, k, v, dout, lse, lse, q, **given), "sm_90")
+    return compile_launch(launches.dq_launch(q, k, v, dout, lse, lse, q, **given, after_dkv=True), "sm_90")
 
 
 #: Spill instructions that are accepted: in all, and in a loop without masks. An H200 took the dK and dV kernel of D =
@@ -63,29 +64,45 @@ def test_it_fits_and_the_arithmetic_runs_under_products(kind, head_dim, causal):
     total, inner = SPILLS.get((kind, head_dim), (40, 0))  # the others are at a tile's beginning and end
     assert_fits(kernel, "sm_90", max_spills=total)
     assert kernel.registers * kernel.threads <= 65536
-    for opcode in ("UTMALDG", "USETMAXREG", "SYNCS"):
+    # The dQ kernel may start when the last blocks of the other have, and ends after it.
+    for opcode in ("UTMALDG", "USETMAXREG", "SYNCS", "PREEXIT" if kind == "dkv" else "ACQBULK"):
         assert kernel.instructions[opcode], opcode
 
     loops = main_loops(kernel.sass)
     masked = causal or kind == "dq"
     assert len(loops) == (4 if masked else 2), "one loop for each consumer, and one with a mask"
     variant = launches.VARIANTS[head_dim]
-    overlap, width = (variant.dkv_overlap, variant.bm) if kind == "dkv" else (variant.dq_overlap, variant.bn)
+    paired, width = (variant.dkv_paired, variant.bm) if kind == "dkv" else (variant.dq_paired, variant.bn)
     #: Groups of products that may still run at each wait of an iteration, in order.
     waits = {
-        ("dkv", 0): [1, 1, 0], ("dkv", 1): [2, 1, 0], ("dkv", 2): [3, 2, 0], ("dq", False): [1, 0, 0],
-        ("dq", True): [2, 1, 0],
-    }[kind, overlap]  # fmt: skip
+        ("dkv", False): [2, 1, 0], ("dkv", True): [2, 2, 3, 2, 1, 0], ("dq", False): [2, 1, 0],
+        ("dq", True): [3, 2, 2, 1, 0],
+    }[kind, paired]  # fmt: skip
+    assert paired or kind == "dkv" or variant.dq_overlap
+    if paired:
+        width *= 2
     for loop in loops:
         names = [name.split(".")[0] for name, _ in loop]
         found = [int(operands.split()[-1], 16) for name, operands in loop if "DEPBAR" in name]
         assert found == waits, "each product is waited for at once, or waits have moved"
         assert names.count("MUFU") == width // 2  # 64 x width probabilities in 128 threads
+        from_registers = [re.match(r"\s*R\d+, R\d+, gdesc", operands) for name, operands in loop if "HGMMA" in name]
+        if paired:
+            assert all(from_registers), "K and V, or Q and dO, are read from shared memory in every iteration"
+        else:
+            assert not all(from_registers)
         if loop in unmasked(loops):
             assert names.count("STL") + names.count("LDL") <= inner, "spills in the main loop"
-            first, second, _ = (i for i, (name, _) in enumerate(loop) if "DEPBAR" in name)
-            between = sum(first < i < second for i, name in enumerate(names) if name == "MUFU")
-            assert between >= width // 4, "most exponentials come before the next wait"
+            at = [i for i, (name, _) in enumerate(loop) if "DEPBAR" in name]
+
+            def exponentials(first, second, at=at, names=names):
+                return names[at[first] : at[second]].count("MUFU")
+
+            if paired:  # those of a under the products of b, those of b under what is added for a
+                assert exponentials(0, 2) == width // 4
+                assert exponentials(2, 3) >= width // 8
+            else:
+                assert exponentials(0, 1) >= width // 4, "most exponentials come before the next wait"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +114,8 @@ def test_packed_calls_run_the_loop_of_dense_ones(kind, head_dim):
     total, inner = SPILLS.get((kind, head_dim), (40, 0))
     kernel = compiled(kind, head_dim, True, packed=True)
     assert_fits(kernel, "sm_90", max_spills=total + 40)
-    packed, dense = (unmasked(main_loops(k.sass)) for k in (kernel, compiled(kind, head_dim, True)))
+    dense = compiled(kind, head_dim, True, variant=launches.variant_of(head_dim, head_dim, packed=True))
+    packed, dense = (unmasked(main_loops(k.sass)) for k in (kernel, dense))
     for loop, other in zip(packed, dense, strict=True):
         count, wanted = (Counter(name.split(".")[0] for name, _ in code) for code in (loop, other))
         assert count["STL"] + count["LDL"] <= inner
@@ -108,7 +126,7 @@ def test_packed_calls_run_the_loop_of_dense_ones(kind, head_dim):
 def test_other_head_sizes_ride_on_the_next_tile():
     for kind in ("dkv", "dq"):
         kernel = compiled(kind, 40, False, 48, torch.float16)
-        assert_fits(kernel, "sm_90")
+        assert_fits(kernel, "sm_90", max_spills=40)
         assert kernel.shared == compiled(kind, 64, False).shared
 
 

@@ -10,16 +10,21 @@ Transposed, P^T and dS^T are left operands straight from registers, and the grou
 order. One warp (the producer) copies K and V once, then Q and dO tiles into a ring of `STAGES` slots by TMA, and lse
 and delta by ordinary loads, which need no alignment. They meet at mbarriers only:
 
-    kv_full         K and V have arrived                 1 arrival (the producer's expect) + their bytes
+    kv_full[i]      K and V have arrived                 1 arrival (the producer's expect) + their bytes
     full[s]         the tiles and rows of slot s are there   2 arrivals (expect, and the rows' stores) + its bytes
     full[STAGES]    packed: a sequence's last tiles have arrived, and the producer zeroes what is past the end
     empty[s]        every consumer is done with slot s   1 arrival per consumer
 
 The n-th block lives in slot n % STAGES; parities are those of `forward_sm90`.
 
-A consumer issues S and dP together, and then what is left of the block before with OVERLAP: S_n dP_n dV_{n-1} dK_{n-1},
-so that the exponentials of block n run under three products. Without, dV_n is issued when P_n is there and runs under
-dS_n, which takes 32 registers less. The other consumer's products run all the time.
+Two forms, for D = 64 and 128. PAIRED: a slot holds two blocks a and b of BM rows, K and V are in registers (from shared
+memory they were half of what products of 64 rows read there), and an iteration issues S_a dP_a S_b dV_a dK_a dP_b dV_b
+dK_b: the exponentials of a run under two of these products, those of b under the next two. Else, one block at a time,
+what is left of dK from the block before: S_n dP_n dK_{n-1} dV_n. The other consumer's products run all the time.
+
+PERSISTENT: a block of threads takes one tile after another, and there are two slots for K and V:
+
+    kv_empty[i]     both consumers are done with tile i of K and V, through which they wrote its results
 
 Rows past the end have lse = +inf, so that their P is 0. Rows that see no key (lse = -inf) are masked in every block
 that they are in. Keys past the end are rows of every tile here: what comes out for them is not stored.
@@ -39,29 +44,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from vllm_accel.kernels.gluon.backward_sm90_parts import (
+    ROWS,
+    in_groups,
+    let_next_grid_start,
+    operand,
+    product,
+    products,
+    store_tile,
+    tile_of_turn,
+    turns,
+)
 from vllm_accel.kernels.gluon.forward_sm90 import as_matrix, extent, partition_barrier, sequence_at, write_zeros
 
 LOG2E = gl.constexpr(1.4426950408889634)
-ROWS = gl.constexpr(64)  # keys of one consumer: the M of one wgmma
-
-
-@gluon.jit
-def in_groups(index, tiles, VARLEN: gl.constexpr):
-    """Return the tile (packed: the slot), batch and head of a block of threads."""
-    tiles_per_head, heads_together, num_sequences, num_heads, _, _, _, _ = tiles
-    heads = num_heads
-    if not VARLEN:
-        heads = num_heads * num_sequences
-    group = index // (tiles_per_head * heads_together)
-    inside = index - group * (tiles_per_head * heads_together)
-    width = gl.minimum(heads_together, heads - group * heads_together)
-    tile = inside // width
-    head = group * heads_together + inside - tile * width
-    batch = 0
-    if not VARLEN:
-        batch = head // num_heads
-        head -= batch * num_heads
-    return tile, batch, head
 
 
 @gluon.jit
@@ -120,64 +116,72 @@ def zero_past_end(tile, left, BM: gl.constexpr, D: gl.constexpr):
 def producer(
     q_desc, k_desc, v_desc, do_desc, lse, delta, shared, tiles, queries_per_key_head,
     BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr,
+    PAIRED: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
-    k_s, v_s, q_s, do_s, lse_s, delta_s, kv_full, full, empty = shared
-    LINE: gl.constexpr = gl.BlockedLayout([BM // 32], [32], [1], [0])
-    rows = gl.arange(0, BM, LINE)
+    k_s, v_s, q_s, do_s, lse_s, delta_s, kv_full, kv_empty, full, empty = shared
+    HALVES: gl.constexpr = 2 if PAIRED else 1
+    ROWS_OF_BLOCK: gl.constexpr = BM * HALVES
+    LINE: gl.constexpr = gl.BlockedLayout([ROWS_OF_BLOCK // 32], [32], [1], [0])
+    rows = gl.arange(0, ROWS_OF_BLOCK, LINE)
+    let_next_grid_start()
     num_heads = tiles[3] * queries_per_key_head
     seqlen_q = tiles[4]
-    batch, key_head, first, first_q, first_k, len_q, _, start, _, blocks = keys_at(
-        gl.program_id(0), tiles, BM, CAUSAL, VARLEN
-    )
-    if blocks > 0:
-        mbarrier.expect(kv_full.index(0), 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
-        for c in gl.static_range(2):
-            at = first_k + first + c * ROWS
-            tma.async_copy_global_to_shared(k_desc, [batch, key_head, at, 0], kv_full.index(0), k_s.index(c))
-            tma.async_copy_global_to_shared(v_desc, [batch, key_head, at, 0], kv_full.index(0), v_s.index(c))
+    KV_SLOTS: gl.constexpr = 2 if PERSISTENT else 1
     n = 0
-    for head in range(key_head * queries_per_key_head, (key_head + 1) * queries_per_key_head):
-        line = (batch * num_heads + head).to(gl.int64) * seqlen_q + first_q
-        for block in range(start, blocks):
-            slot = n % STAGES
-            at = block * BM
-            left = len_q - at
-            here = rows < left
-            row_lse = gl.load(lse + line + at + rows, mask=here, other=float("inf")) * LOG2E
-            row_delta = gl.load(delta + line + at + rows, mask=here, other=0.0)
-            mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
-            arrival = slot
-            if VARLEN:
-                arrival = gl.where(left < BM, STAGES, slot)
-            mbarrier.expect(full.index(arrival), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
-            at += first_q
-            tma.async_copy_global_to_shared(q_desc, [batch, head, at, 0], full.index(arrival), q_s.index(slot))
-            tma.async_copy_global_to_shared(do_desc, [batch, head, at, 0], full.index(arrival), do_s.index(slot))
-            lse_s.index(slot).store(row_lse)
-            delta_s.index(slot).store(row_delta)
-            if VARLEN:  # noqa: SIM102 - the one is decided by the compiler, the other by the GPU
-                if left < BM:  # one block of each head, or none
-                    mbarrier.wait(full.index(STAGES), (head - key_head * queries_per_key_head) & 1)
-                    zero_past_end(as_matrix(q_s.index(slot)), left, BM, D)
-                    zero_past_end(as_matrix(do_s.index(slot)), left, BM, D)
-                    fence_async_shared()  # what ordinary stores wrote is read by wgmma, through the other proxy
-                    mbarrier.arrive(full.index(slot), count=1)
-            mbarrier.arrive(full.index(slot), count=1)
-            n += 1
+    used = 0
+    ragged = 0  # sequences' ends so far
+    for turn in range(turns(tiles, VARLEN, PERSISTENT)):
+        batch, key_head, first, first_q, first_k, len_q, _, start, _, blocks = keys_at(
+            tile_of_turn(turn, PERSISTENT), tiles, ROWS_OF_BLOCK, CAUSAL, VARLEN
+        )
+        if blocks > 0:
+            kv = used % KV_SLOTS
+            if PERSISTENT:
+                mbarrier.wait(kv_empty.index(kv), ((used // KV_SLOTS) & 1) ^ 1)
+            mbarrier.expect(kv_full.index(kv), 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+            for c in gl.static_range(2):
+                at = first_k + first + c * ROWS
+                i = kv * 2 + c
+                tma.async_copy_global_to_shared(k_desc, [batch, key_head, at, 0], kv_full.index(kv), k_s.index(i))
+                tma.async_copy_global_to_shared(v_desc, [batch, key_head, at, 0], kv_full.index(kv), v_s.index(i))
+            used += 1
+        for head in range(key_head * queries_per_key_head, (key_head + 1) * queries_per_key_head):
+            line = (batch * num_heads + head).to(gl.int64) * seqlen_q + first_q
+            for block in range(start, blocks):
+                slot = n % STAGES
+                at = block * ROWS_OF_BLOCK
+                left = len_q - at
+                here = rows < left
+                row_lse = gl.load(lse + line + at + rows, mask=here, other=float("inf")) * LOG2E
+                row_delta = gl.load(delta + line + at + rows, mask=here, other=0.0)
+                mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
+                arrival = slot
+                if VARLEN:
+                    arrival = gl.where(left < ROWS_OF_BLOCK, STAGES, slot)
+                mbarrier.expect(full.index(arrival), HALVES * (q_desc.block_type.nbytes + do_desc.block_type.nbytes))
+                at += first_q
+                for h in gl.static_range(HALVES):
+                    i = slot * HALVES + h
+                    row = at + h * BM
+                    tma.async_copy_global_to_shared(q_desc, [batch, head, row, 0], full.index(arrival), q_s.index(i))
+                    tma.async_copy_global_to_shared(do_desc, [batch, head, row, 0], full.index(arrival), do_s.index(i))
+                lse_s.index(slot).store(row_lse)
+                delta_s.index(slot).store(row_delta)
+                if VARLEN:  # noqa: SIM102 - the one is decided by the compiler, the other by the GPU
+                    if left < ROWS_OF_BLOCK:  # one block of each head, or none
+                        mbarrier.wait(full.index(STAGES), ragged & 1)
+                        ragged += 1
+                        for h in gl.static_range(HALVES):
+                            zero_past_end(as_matrix(q_s.index(slot * HALVES + h)), left - h * BM, BM, D)
+                            zero_past_end(as_matrix(do_s.index(slot * HALVES + h)), left - h * BM, BM, D)
+                        fence_async_shared()  # what ordinary stores wrote is read by wgmma, through the other proxy
+                        mbarrier.arrive(full.index(slot), count=1)
+                mbarrier.arrive(full.index(slot), count=1)
+                n += 1
 
 
 @gluon.jit
-def products(a, b, c, d, BM: gl.constexpr):
-    """Issue A C^T and B D^T, without waiting for them."""
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
-    zero = gl.zeros([ROWS, BM], gl.float32, S)
-    first = warpgroup_mma(a, c.permute((1, 0)), zero, use_acc=False, is_async=True)
-    second = warpgroup_mma(b, d.permute((1, 0)), zero, use_acc=False, is_async=True)
-    return first, second
-
-
-@gluon.jit
-def probabilities(s, row_lse, shift, scale, BM: gl.constexpr, MASKED: gl.constexpr):
+def probabilities(s, row_lse, shift, scale, BM: gl.constexpr, MASKED: gl.constexpr, ROOM: gl.constexpr = False):
     """Return P^T; with a mask, key r of the tile sees row c of the block where c - r >= shift."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     p = gl.exp2(s * scale - row_lse[None, :])
@@ -185,15 +189,11 @@ def probabilities(s, row_lse, shift, scale, BM: gl.constexpr, MASKED: gl.constex
         r = gl.arange(0, ROWS, gl.SliceLayout(1, S))
         c = gl.arange(0, BM, gl.SliceLayout(0, S))
         # Not c - r >= shift: c - r would be computed before the loop, and take a register for each number of the tile.
-        p = gl.where((c - shift)[None, :] >= r[:, None], p, 0.0)
+        if ROOM:
+            p = gl.where(c[None, :] >= (r + shift)[:, None], p, 0.0)
+        else:
+            p = gl.where((c - shift)[None, :] >= r[:, None], p, 0.0)
     return p
-
-
-@gluon.jit
-def operand(x, D: gl.constexpr, dtype: gl.constexpr):
-    """Return what came out of a product as the left operand of one with D columns."""
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    return gl.convert_layout(x.to(dtype), gl.DotOperandLayout(0, O, 2), assert_trivial=True)
 
 
 @gluon.jit
@@ -214,9 +214,9 @@ def first_step(
 @gluon.jit
 def step(
     n, shift, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p, ds, scale,
-    BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, OVERLAP: gl.constexpr,
+    BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Add a block's part to dV and dK: block n's, or with OVERLAP that of block n - 1, whose operands are p and ds."""
+    """Add block n's part to dV, and to dK that of block n - 1, whose operand is ds."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S)
     slot = n % STAGES
@@ -228,142 +228,183 @@ def step(
     # The second and third wait for `full` have passed already. But a wait on an mbarrier is a loop of its own, and
     # without that boundary ptxas moves the next wait for products above the arithmetic.
     before = (n + STAGES - 1) % STAGES
-    if OVERLAP == 1:
-        dk = warpgroup_mma(ds, as_matrix(q_s.index(before)), dk, is_async=True)
-        s = warpgroup_mma_wait(2, deps=[s])
-        probability = probabilities(s, lse_s.index(slot).load(COLUMNS), shift, scale, BM, MASKED)
-        mbarrier.wait(full.index(slot), parity)
-        p = operand(probability, D, k.dtype)
-        dv = warpgroup_mma(p, do, dv, is_async=True)
-        dp, dk, ds = warpgroup_mma_wait(1, deps=[dp, dk, ds])
-        mbarrier.arrive(empty.index(before), count=1)
-        ds = operand(probability * (dp - delta_s.index(slot).load(COLUMNS)[None, :]), D, k.dtype)
-        mbarrier.wait(full.index(slot), parity)
-        dv, p, ds = warpgroup_mma_wait(0, deps=[dv, p, ds])
-        return dk, dv, p, ds
-    elif OVERLAP == 2:
-        dv = warpgroup_mma(p, as_matrix(do_s.index(before)), dv, is_async=True)
-        dk = warpgroup_mma(ds, as_matrix(q_s.index(before)), dk, is_async=True)
-        s = warpgroup_mma_wait(3, deps=[s])
-        probability = probabilities(s, lse_s.index(slot).load(COLUMNS), shift, scale, BM, MASKED)
-        mbarrier.wait(full.index(slot), parity)
-        dp = warpgroup_mma_wait(2, deps=[dp])
-        next_p = operand(probability, D, k.dtype)
-        next_ds = operand(probability * (dp - delta_s.index(slot).load(COLUMNS)[None, :]), D, k.dtype)
-        mbarrier.wait(full.index(slot), parity)
-        dk, dv, p, ds, next_p, next_ds = warpgroup_mma_wait(0, deps=[dk, dv, p, ds, next_p, next_ds])
-        mbarrier.arrive(empty.index(before), count=1)
-        return dk, dv, next_p, next_ds
-    else:
-        s = warpgroup_mma_wait(1, deps=[s])
-        probability = probabilities(s, lse_s.index(slot).load(COLUMNS), shift, scale, BM, MASKED)
-        mbarrier.wait(full.index(slot), parity)
-        p = operand(probability, D, k.dtype)
-        dv = warpgroup_mma(p, do, dv, is_async=True)
-        dp = warpgroup_mma_wait(1, deps=[dp])
-        ds = operand(probability * (dp - delta_s.index(slot).load(COLUMNS)[None, :]), D, k.dtype)
-        dk = warpgroup_mma(ds, q, dk, is_async=True)
-        dk, dv, p, ds = warpgroup_mma_wait(0, deps=[dk, dv, p, ds])
-        mbarrier.arrive(empty.index(slot), count=1)
-        return dk, dv, p, ds
+    dk = warpgroup_mma(ds, as_matrix(q_s.index(before)), dk, is_async=True)
+    s = warpgroup_mma_wait(2, deps=[s])
+    probability = probabilities(s, lse_s.index(slot).load(COLUMNS), shift, scale, BM, MASKED)
+    mbarrier.wait(full.index(slot), parity)
+    p = operand(probability, D, k.dtype)
+    dv = warpgroup_mma(p, do, dv, is_async=True)
+    dp, dk, ds = warpgroup_mma_wait(1, deps=[dp, dk, ds])
+    mbarrier.arrive(empty.index(before), count=1)
+    ds = operand(probability * (dp - delta_s.index(slot).load(COLUMNS)[None, :]), D, k.dtype)
+    mbarrier.wait(full.index(slot), parity)
+    dv, p, ds = warpgroup_mma_wait(0, deps=[dv, p, ds])
+    return dk, dv, p, ds
 
 
 @gluon.jit
-def store_tile(sum, tile, out, row, length, out_row, D: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Write 64 rows from registers, by way of shared memory that nobody else uses, so that lines are whole."""
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    partition_barrier()
-    tile.store(sum.to(tile.dtype))
-    partition_barrier()
-    result = tile.load(COPY)
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
-    dims = gl.arange(0, D, gl.SliceLayout(0, COPY))
-    mask = (rows < length - row)[:, None]
-    if HEAD_DIM != D:
-        mask = mask & (dims < HEAD_DIM)[None, :]
-    gl.store(out + row.to(gl.int64) * out_row + rows[:, None] * out_row + dims[None, :], result, mask=mask)
+def paired_step(
+    n, shift, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, scale,
+    BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Add both halves' parts of block n to dV and dK."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, S)
+    slot = n % STAGES
+    parity = (n // STAGES) & 1
+    q_a = as_matrix(q_s.index(2 * slot))
+    q_b = as_matrix(q_s.index(2 * slot + 1))
+    do_a = as_matrix(do_s.index(2 * slot))
+    do_b = as_matrix(do_s.index(2 * slot + 1))
+    mbarrier.wait(full.index(slot), parity)
+    s_a, dp_a = products(k, v, q_a, do_a, BM)
+    s_b = product(k, q_b, BM)
+    s_a = warpgroup_mma_wait(2, deps=[s_a])
+    p_a = probabilities(s_a, lse_s.index(slot).slice(0, BM).load(COLUMNS), shift, scale, BM, MASKED, True)
+    mbarrier.wait(full.index(slot), parity)  # this one and the next have passed already: see `step`
+    operand_a = operand(p_a, D, k.dtype)
+    dv = warpgroup_mma(operand_a, do_a, dv, is_async=True)
+    dp_a = warpgroup_mma_wait(2, deps=[dp_a])
+    ds_a = operand(p_a * (dp_a - delta_s.index(slot).slice(0, BM).load(COLUMNS)[None, :]), D, k.dtype)
+    dk = warpgroup_mma(ds_a, q_a, dk, is_async=True)
+    dp_b = product(v, do_b, BM)
+    s_b = warpgroup_mma_wait(3, deps=[s_b])
+    p_b = probabilities(s_b, lse_s.index(slot).slice(BM, BM).load(COLUMNS), shift - BM, scale, BM, MASKED, True)
+    mbarrier.wait(full.index(slot), parity)
+    operand_b = operand(p_b, D, k.dtype)
+    dv, operand_a = warpgroup_mma_wait(2, deps=[dv, operand_a])
+    dv = warpgroup_mma(operand_b, do_b, dv, is_async=True)
+    dp_b, dk, ds_a = warpgroup_mma_wait(1, deps=[dp_b, dk, ds_a])
+    ds_b = operand(p_b * (dp_b - delta_s.index(slot).slice(BM, BM).load(COLUMNS)[None, :]), D, k.dtype)
+    dk = warpgroup_mma(ds_b, q_b, dk, is_async=True)
+    dk, dv, operand_b, ds_b = warpgroup_mma_wait(0, deps=[dk, dv, operand_b, ds_b])
+    mbarrier.arrive(empty.index(slot), count=1)
+    return dk, dv
 
 
 @gluon.jit
 def consumer(
     c, shared, results, tiles, queries_per_key_head, softmax_scale,
     BM: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, VARLEN: gl.constexpr, OVERLAP: gl.constexpr,
+    CAUSAL: gl.constexpr, VARLEN: gl.constexpr, PAIRED: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
-    work = keys_at(gl.program_id(0), tiles, BM, CAUSAL, VARLEN)
-    if work[9] > 0:
-        consume(
-            c, shared, results, tiles, work, queries_per_key_head, softmax_scale,
-            BM, D, HEAD_DIM, HEAD_DIM_V, STAGES, CAUSAL, OVERLAP,
-        )  # fmt: skip
-    elif VARLEN:
-        dk_out, dv_out = results
-        num_heads = tiles[3]
-        _, head, first, _, first_k, _, len_k, _, _, _ = work
-        begin = first_k + first + c
-        end = first_k + len_k
-        write_zeros(dk_out + head * HEAD_DIM, begin, end, 2, num_heads * HEAD_DIM, D, HEAD_DIM)
-        write_zeros(dv_out + head * HEAD_DIM_V, begin, end, 2, num_heads * HEAD_DIM_V, D, HEAD_DIM_V)
+    n = 0
+    used = 0
+    for turn in range(turns(tiles, VARLEN, PERSISTENT)):
+        work = keys_at(tile_of_turn(turn, PERSISTENT), tiles, BM * 2 if PAIRED else BM, CAUSAL, VARLEN)
+        if work[9] > 0:
+            n = consume(
+                c, n, used, shared, results, tiles, work, queries_per_key_head, softmax_scale,
+                BM, D, HEAD_DIM, HEAD_DIM_V, STAGES, CAUSAL, PAIRED, PERSISTENT,
+            )  # fmt: skip
+            used += 1
+        elif VARLEN:
+            dk_out, dv_out = results
+            num_heads = tiles[3]
+            _, head, first, _, first_k, _, len_k, _, _, _ = work
+            begin = first_k + first + c
+            end = first_k + len_k
+            write_zeros(dk_out + head * HEAD_DIM, begin, end, 2, num_heads * HEAD_DIM, D, HEAD_DIM)
+            write_zeros(dv_out + head * HEAD_DIM_V, begin, end, 2, num_heads * HEAD_DIM_V, D, HEAD_DIM_V)
 
 
 @gluon.jit
 def consume(
-    c, shared, results, tiles, work, queries_per_key_head, softmax_scale,
+    c, n, used, shared, results, tiles, work, queries_per_key_head, softmax_scale,
     BM: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, OVERLAP: gl.constexpr,
+    CAUSAL: gl.constexpr, PAIRED: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
-    k_s, v_s, q_s, do_s, lse_s, delta_s, kv_full, full, empty = shared
+    """Work on one tile of keys whose first block of rows is the n-th; return which is the next tile's."""
+    k_s, v_s, q_s, do_s, lse_s, delta_s, kv_full, kv_empty, full, empty = shared
     dk_out, dv_out = results
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    KV_SLOTS: gl.constexpr = 2 if PERSISTENT else 1
     num_heads = tiles[3]
     seqlen_k = tiles[5]
     batch, head, first, _, first_k, len_q, len_k, start, free, blocks = work
     first += c * ROWS
-    k = as_matrix(k_s.index(c))
-    v = as_matrix(v_s.index(c))
+    kv = used % KV_SLOTS
+    k = as_matrix(k_s.index(2 * kv + c))
+    v = as_matrix(v_s.index(2 * kv + c))
     scale = softmax_scale * LOG2E
     dk = gl.zeros([ROWS, D], gl.float32, O)
     dv = gl.zeros([ROWS, D], gl.float32, O)
-    p = gl.zeros([ROWS, BM], k.dtype, P)
-    ds = gl.zeros([ROWS, BM], k.dtype, P)
-    mbarrier.wait(kv_full.index(0), 0)
+    mbarrier.wait(kv_full.index(kv), (used // KV_SLOTS) & 1)
     row = first + len_q - len_k  # the first that sees the consumer's first key
-    n = 0
-    if OVERLAP != 0:
-        p, ds = first_step(row - start * BM, k, v, q_s, do_s, lse_s, delta_s, full, scale, BM, D, CAUSAL)
-        if OVERLAP == 1:
-            dv = warpgroup_mma(p, as_matrix(do_s.index(0)), dv, is_async=True)
-            dv, p = warpgroup_mma_wait(0, deps=[dv, p])
-        n = 1
-    for member in range(queries_per_key_head):
-        begin = start
-        if OVERLAP != 0:
-            begin = start + gl.where(member == 0, 1, 0)
-        if CAUSAL:
-            for block in range(begin, free):
-                dk, dv, p, ds = step(
-                    n, row - block * BM, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p, ds, scale,
-                    BM, D, STAGES, True, OVERLAP,
-                )  # fmt: skip
-                n += 1
-        for _block in range(gl.maximum(begin, free), blocks):
-            dk, dv, p, ds = step(
-                n, 0, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p, ds, scale,
-                BM, D, STAGES, False, OVERLAP,
-            )  # fmt: skip
-            n += 1
-    if OVERLAP != 0:
-        slot = (n + STAGES - 1) % STAGES
-        if OVERLAP == 2:
-            dv = warpgroup_mma(p, as_matrix(do_s.index(slot)), dv, is_async=True)
-        dk = warpgroup_mma(ds, as_matrix(q_s.index(slot)), dk, is_async=True)
-        dk, dv, p, ds = warpgroup_mma_wait(0, deps=[dk, dv, p, ds])
+    if PAIRED:
+        dk, dv, n = in_pairs(
+            n, row, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, scale, start, free, blocks,
+            queries_per_key_head, BM, D, STAGES, CAUSAL,
+        )  # fmt: skip
+    else:
+        dk, dv, n = one_by_one(
+            row, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, scale, start, free, blocks,
+            queries_per_key_head, BM, D, STAGES, CAUSAL,
+        )  # fmt: skip
     row = (batch * seqlen_k + first_k).to(gl.int64)
     dk_out += row * (num_heads * HEAD_DIM) + head * HEAD_DIM
     dv_out += row * (num_heads * HEAD_DIM_V) + head * HEAD_DIM_V
     store_tile(dk * softmax_scale, k, dk_out, first, len_k, num_heads * HEAD_DIM, D, HEAD_DIM)
     store_tile(dv, v, dv_out, first, len_k, num_heads * HEAD_DIM_V, D, HEAD_DIM_V)
+    if PERSISTENT:
+        fence_async_shared()  # the next tile but one is written by TMA after what ordinary loads read
+        mbarrier.arrive(kv_empty.index(kv), count=1)
+    return n
+
+
+@gluon.jit
+def in_pairs(
+    n, row, k_tile, v_tile, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, scale, start, free, blocks,
+    queries_per_key_head, BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Walk over all rows that see a tile, two blocks of BM at a time, with K and V in registers."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    k = k_tile.load(gl.DotOperandLayout(0, S, 2))
+    v = v_tile.load(gl.DotOperandLayout(0, S, 2))
+    for _member in range(queries_per_key_head):
+        if CAUSAL:
+            for block in range(start, free):
+                dk, dv = paired_step(
+                    n, row - block * (2 * BM), k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, scale,
+                    BM, D, STAGES, True,
+                )  # fmt: skip
+                n += 1
+        for _block in range(gl.maximum(start, free), blocks):
+            dk, dv = paired_step(
+                n, 0, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, scale, BM, D, STAGES, False,
+            )  # fmt: skip
+            n += 1
+    return dk, dv, n
+
+
+@gluon.jit
+def one_by_one(
+    row, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, scale, start, free, blocks, queries_per_key_head,
+    BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Walk over all rows that see the only tile, a block at a time; dK is one block behind."""
+    p, ds = first_step(row - start * BM, k, v, q_s, do_s, lse_s, delta_s, full, scale, BM, D, CAUSAL)
+    dv = warpgroup_mma(p, as_matrix(do_s.index(0)), dv, is_async=True)
+    dv, p = warpgroup_mma_wait(0, deps=[dv, p])
+    n = 1
+    for member in range(queries_per_key_head):
+        begin = start + gl.where(member == 0, 1, 0)
+        if CAUSAL:
+            for block in range(begin, free):
+                dk, dv, p, ds = step(
+                    n, row - block * BM, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p, ds, scale,
+                    BM, D, STAGES, True,
+                )  # fmt: skip
+                n += 1
+        for _block in range(gl.maximum(begin, free), blocks):
+            dk, dv, p, ds = step(
+                n, 0, k, v, q_s, do_s, lse_s, delta_s, full, empty, dk, dv, p, ds, scale, BM, D, STAGES, False,
+            )  # fmt: skip
+            n += 1
+    dk = warpgroup_mma(ds, as_matrix(q_s.index((n + STAGES - 1) % STAGES)), dk, is_async=True)
+    # dv and p are waited for already. Without them here ptxas spills in the loop without masks (Triton 3.7.1, causal).
+    dk, dv, p, ds = warpgroup_mma_wait(0, deps=[dk, dv, p, ds])
+    return dk, dv, n
 
 
 @gluon.jit(
@@ -378,33 +419,39 @@ def attention_dkv(
     q_desc, k_desc, v_desc, do_desc, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, softmax_scale, seqlen_q, seqlen_k,
     num_sequences, num_heads, queries_per_key_head, heads_together, tiles_per_head,
     BM: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, VARLEN: gl.constexpr, OVERLAP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    CAUSAL: gl.constexpr, VARLEN: gl.constexpr, PAIRED: gl.constexpr, PERSISTENT: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are over (B, heads, S, D) with blocks (1, 1, BM, D) for Q and dO and (1, 1, 64, D) for K and V.
 
     `num_heads` counts key heads. `seqlen_q`, `seqlen_k` are the lengths of Q's and K's third dimension. One block for
     each tile of keys of each sequence, packed: for each slot of `sequence_at`. All rows of dk and dv are written.
     """
+    gl.static_assert(PAIRED or not PERSISTENT)
     dtype: gl.constexpr = q_desc.dtype
+    HALVES: gl.constexpr = 2 if PAIRED else 1
+    KV_SLOTS: gl.constexpr = 2 if PERSISTENT else 1
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    k_s = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, D], k_desc.layout)
-    v_s = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, D], v_desc.layout)
-    q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BM, D], q_desc.layout)
-    do_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BM, D], do_desc.layout)
-    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, BM], LINE)
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, BM], LINE)
-    kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    k_s = gl.allocate_shared_memory(dtype, [2 * KV_SLOTS, 1, 1, ROWS, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(dtype, [2 * KV_SLOTS, 1, 1, ROWS, D], v_desc.layout)
+    q_s = gl.allocate_shared_memory(dtype, [STAGES * HALVES, 1, 1, BM, D], q_desc.layout)
+    do_s = gl.allocate_shared_memory(dtype, [STAGES * HALVES, 1, 1, BM, D], do_desc.layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, HALVES * BM], LINE)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, HALVES * BM], LINE)
+    kv_full = gl.allocate_shared_memory(gl.int64, [KV_SLOTS, 1], mbarrier.MBarrierLayout())
+    kv_empty = gl.allocate_shared_memory(gl.int64, [KV_SLOTS, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(kv_full.index(0), count=1)
+    for i in gl.static_range(KV_SLOTS):
+        mbarrier.init(kv_full.index(i), count=1)
+        mbarrier.init(kv_empty.index(i), count=2)
     mbarrier.init(full.index(STAGES), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=2)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     partition_barrier()
-    shared = (k_s, v_s, q_s, do_s, lse_s, delta_s, kv_full, full, empty)
+    shared = (k_s, v_s, q_s, do_s, lse_s, delta_s, kv_full, kv_empty, full, empty)
     results = (dk, dv)
     if not VARLEN:
         cu_seqlens_q = 0  # None cannot stand in a tuple
@@ -415,11 +462,11 @@ def attention_dkv(
     gl.warp_specialize(
         [
             (consumer, (0, shared, results, tiles, queries_per_key_head, softmax_scale, BM, D, HEAD_DIM, HEAD_DIM_V,
-                        STAGES, CAUSAL, VARLEN, OVERLAP)),
+                        STAGES, CAUSAL, VARLEN, PAIRED, PERSISTENT)),
             (consumer, (1, shared, results, tiles, queries_per_key_head, softmax_scale, BM, D, HEAD_DIM, HEAD_DIM_V,
-                        STAGES, CAUSAL, VARLEN, OVERLAP)),
+                        STAGES, CAUSAL, VARLEN, PAIRED, PERSISTENT)),
             (producer, (q_desc, k_desc, v_desc, do_desc, lse, delta, shared, tiles, queries_per_key_head, BM, D, STAGES,
-                        CAUSAL, VARLEN)),
+                        CAUSAL, VARLEN, PAIRED, PERSISTENT)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -8,12 +8,16 @@ that they see, BN at a time, from the last block to the first (so that masks com
 One warp (the producer) copies Q and dO once, then K and V tiles into a ring of `STAGES` slots by TMA. They meet at
 mbarriers only:
 
-    q_full          Q and dO have arrived                1 arrival (the producer's expect) + their bytes
+    q_full[i]       Q and dO have arrived                1 arrival (the producer's expect) + their bytes
+    q_empty[i]      persistent: both consumers are done with Q and dO, through which they wrote dQ   1 arrival each
     full[s]         the tiles of slot s have arrived     1 arrival + their bytes
     empty[s]        every consumer is done with slot s   1 arrival per consumer
 
-A consumer issues S_n dP_n dQ_{n-1} and does the arithmetic of block n under them; then slot n - 1 is given back.
-Without OVERLAP dQ_n is issued when dS_n is there, and waited for.
+With OVERLAP a consumer issues S_n dP_n dQ_{n-1} and does the arithmetic of block n under them; then slot n - 1 is given
+back. Without, dQ_n is issued when dS_n is there, and waited for. PAIRED: a slot holds two blocks a and b of BN keys, Q
+and dO are in registers, and an iteration issues S_a dP_a S_b dP_b, dQ_a under the exponentials of b, dQ_b.
+
+PERSISTENT: a block of threads takes one tile after another, with two slots for Q and dO.
 
 Layouts: descriptors over (B, heads, S, D), any strides that are multiples of 16 bytes; lse and delta fp32 (B, H, Sq);
 dq contiguous (B, Sq, H, D). Packed: one sequence of all rows, lse and delta (H, T). Tiles: `VARIANTS` in
@@ -30,11 +34,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from vllm_accel.kernels.gluon.backward_sm90_dkv import (
+from vllm_accel.kernels.gluon.backward_sm90_parts import (
+    ROWS,
     in_groups,
     operand,
     products,
     store_tile,
+    tile_of_turn,
+    turns,
+    wait_for_grid_before,
 )
 from vllm_accel.kernels.gluon.forward_sm90 import (
     as_matrix,
@@ -47,7 +55,6 @@ from vllm_accel.kernels.gluon.forward_sm90 import (
 )
 
 LOG2E = gl.constexpr(1.4426950408889634)
-ROWS = gl.constexpr(64)  # query rows of one consumer: the M of one wgmma
 
 
 @gluon.jit
@@ -84,24 +91,42 @@ def rows_at(index, tiles, BN: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.con
 @gluon.jit
 def producer(
     q_desc, k_desc, v_desc, do_desc, shared, tiles, queries_per_key_head,
-    BN: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr, HALVES: gl.constexpr,
+    PERSISTENT: gl.constexpr,
 ):  # fmt: skip
-    q_s, do_s, k_s, v_s, q_full, full, empty = shared
-    batch, head, first, first_q, first_k, _, _, blocks = rows_at(gl.program_id(0), tiles, BN, CAUSAL, VARLEN)
-    key_head = head // queries_per_key_head
-    if blocks > 0:
-        mbarrier.expect(q_full.index(0), 2 * (q_desc.block_type.nbytes + do_desc.block_type.nbytes))
-        for c in gl.static_range(2):
-            at = first_q + first + c * ROWS
-            tma.async_copy_global_to_shared(q_desc, [batch, head, at, 0], q_full.index(0), q_s.index(c))
-            tma.async_copy_global_to_shared(do_desc, [batch, head, at, 0], q_full.index(0), do_s.index(c))
-    for n in range(blocks):
-        at = first_k + (blocks - 1 - n) * BN
-        slot = n % STAGES
-        mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(slot), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, [batch, key_head, at, 0], full.index(slot), k_s.index(slot))
-        tma.async_copy_global_to_shared(v_desc, [batch, key_head, at, 0], full.index(slot), v_s.index(slot))
+    q_s, do_s, k_s, v_s, q_full, q_empty, full, empty = shared
+    Q_SLOTS: gl.constexpr = 2 if PERSISTENT else 1
+    begin = 0
+    used = 0
+    for turn in range(turns(tiles, VARLEN, PERSISTENT)):
+        batch, head, first, first_q, first_k, _, _, blocks = rows_at(
+            tile_of_turn(turn, PERSISTENT), tiles, BN * HALVES, CAUSAL, VARLEN
+        )
+        key_head = head // queries_per_key_head
+        if blocks > 0:
+            mine = used % Q_SLOTS
+            if PERSISTENT:
+                mbarrier.wait(q_empty.index(mine), ((used // Q_SLOTS) & 1) ^ 1)
+            mbarrier.expect(q_full.index(mine), 2 * (q_desc.block_type.nbytes + do_desc.block_type.nbytes))
+            for c in gl.static_range(2):
+                at = first_q + first + c * ROWS
+                i = mine * 2 + c
+                tma.async_copy_global_to_shared(q_desc, [batch, head, at, 0], q_full.index(mine), q_s.index(i))
+                tma.async_copy_global_to_shared(do_desc, [batch, head, at, 0], q_full.index(mine), do_s.index(i))
+            used += 1
+        for n in range(begin, begin + blocks):
+            at = first_k + (blocks - 1 - (n - begin)) * (BN * HALVES)
+            slot = n % STAGES
+            mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(slot), HALVES * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+            for h in gl.static_range(HALVES):
+                i = slot * HALVES + h
+                where = at + h * BN
+                tma.async_copy_global_to_shared(k_desc, [batch, key_head, where, 0], full.index(slot), k_s.index(i))
+                tma.async_copy_global_to_shared(v_desc, [batch, key_head, where, 0], full.index(slot), v_s.index(i))
+        begin += blocks
+    if gl.program_id(0) == gl.num_programs(0) - 1:
+        wait_for_grid_before()  # of dK and dV: who waits for this grid may read theirs
 
 
 @gluon.jit
@@ -149,31 +174,70 @@ def step(
 
 
 @gluon.jit
+def paired_step(
+    n, last, limit, q, do, k_s, v_s, full, empty, dq, scale, highest, row_delta,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Add both halves' parts of block n to dQ."""
+    slot = n % STAGES
+    parity = (n // STAGES) & 1
+    k_a = as_matrix(k_s.index(2 * slot))
+    k_b = as_matrix(k_s.index(2 * slot + 1))
+    mbarrier.wait(full.index(slot), parity)
+    s_a, dp_a = products(q, do, k_a, as_matrix(v_s.index(2 * slot)), BN)
+    s_b, dp_b = products(q, do, k_b, as_matrix(v_s.index(2 * slot + 1)), BN)
+    s_a = warpgroup_mma_wait(3, deps=[s_a])
+    p_a = probabilities(s_a, limit, 2 * (last - n), highest, scale, BN, MASKED)
+    mbarrier.wait(full.index(slot), parity)  # this one and the next have passed already: see `step`
+    dp_a = warpgroup_mma_wait(2, deps=[dp_a])
+    ds_a = operand(p_a * (dp_a - row_delta[:, None]), D, q.dtype)
+    dq = warpgroup_mma(ds_a, k_a, dq, is_async=True)
+    s_b = warpgroup_mma_wait(2, deps=[s_b])
+    p_b = probabilities(s_b, limit, 2 * (last - n) + 1, highest, scale, BN, MASKED)
+    mbarrier.wait(full.index(slot), parity)
+    dp_b = warpgroup_mma_wait(1, deps=[dp_b])
+    ds_b = operand(p_b * (dp_b - row_delta[:, None]), D, q.dtype)
+    dq = warpgroup_mma(ds_b, k_b, dq, is_async=True)
+    dq, ds_a, ds_b = warpgroup_mma_wait(0, deps=[dq, ds_a, ds_b])
+    mbarrier.arrive(empty.index(slot), count=1)
+    return dq
+
+
+@gluon.jit
 def consumer(
     c, shared, lse, delta, dq_out, tiles, softmax_scale,
     BN: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    VARLEN: gl.constexpr, OVERLAP: gl.constexpr,
+    VARLEN: gl.constexpr, OVERLAP: gl.constexpr, PAIRED: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
-    work = rows_at(gl.program_id(0), tiles, BN, CAUSAL, VARLEN)
-    if work[7] > 0:
-        consume(
-            c, shared, lse, delta, dq_out, tiles, work, softmax_scale,
-            BN, D, HEAD_DIM, STAGES, CAUSAL, VARLEN, OVERLAP,
-        )  # fmt: skip
-    elif VARLEN:
-        num_heads = tiles[3]
-        _, head, first, first_q, _, len_q, _, _ = work
-        dq_row = num_heads * HEAD_DIM
-        write_zeros(dq_out + head * HEAD_DIM, first_q + first + c, first_q + len_q, 2, dq_row, D, HEAD_DIM)
+    n = 0
+    used = 0
+    for turn in range(turns(tiles, VARLEN, PERSISTENT)):
+        work = rows_at(tile_of_turn(turn, PERSISTENT), tiles, BN * 2 if PAIRED else BN, CAUSAL, VARLEN)
+        if work[7] > 0:
+            consume(
+                c, n, used, shared, lse, delta, dq_out, tiles, work, softmax_scale,
+                BN, D, HEAD_DIM, STAGES, CAUSAL, VARLEN, OVERLAP, PAIRED, PERSISTENT,
+            )  # fmt: skip
+            n += work[7]
+            used += 1
+        elif VARLEN:
+            num_heads = tiles[3]
+            _, head, first, first_q, _, len_q, _, _ = work
+            dq_row = num_heads * HEAD_DIM
+            write_zeros(dq_out + head * HEAD_DIM, first_q + first + c, first_q + len_q, 2, dq_row, D, HEAD_DIM)
 
 
 @gluon.jit
 def consume(
-    c, shared, lse, delta, dq_out, tiles, work, softmax_scale,
+    c, n, used, shared, lse, delta, dq_out, tiles, work, softmax_scale,
     BN: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    VARLEN: gl.constexpr, OVERLAP: gl.constexpr,
+    VARLEN: gl.constexpr, OVERLAP: gl.constexpr, PAIRED: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
-    q_s, do_s, k_s, v_s, q_full, full, empty = shared
+    """Work on one tile of rows whose first block of keys is the n-th."""
+    q_s, do_s, k_s, v_s, q_full, q_empty, full, empty = shared
+    HALVES: gl.constexpr = 2 if PAIRED else 1
+    BLOCK: gl.constexpr = BN * HALVES
+    Q_SLOTS: gl.constexpr = 2 if PERSISTENT else 1
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S)
@@ -194,44 +258,71 @@ def consume(
     if CAUSAL:
         free = gl.maximum(gl.minimum(free, first + 1 + len_k - len_q), 0)
         limit = gl.minimum(limit, rows + (first + 1 + len_k - len_q))
-    first_free = gl.maximum(blocks - free // BN, 1)
-    q = as_matrix(q_s.index(c))
-    do = as_matrix(do_s.index(c))
+    first_free = gl.maximum(blocks - free // BLOCK, 1)
+    mine = used % Q_SLOTS
+    q = as_matrix(q_s.index(2 * mine + c))
+    do = as_matrix(do_s.index(2 * mine + c))
     scale = softmax_scale * LOG2E
     dq = gl.zeros([ROWS, D], gl.float32, O)
-    ds = gl.zeros([ROWS, BN], q.dtype, gl.DotOperandLayout(0, O, 2))
-    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(q_full.index(mine), (used // Q_SLOTS) & 1)
 
     if VARLEN:  # noqa: SIM102 - the one is decided by the compiler, the other by the GPU
         # Keys past the end are others' and may hold NaN: 0 * NaN is NaN.
-        if blocks * BN > len_k:
-            mbarrier.wait(full.index(0), 0)
-            zero_rows_from(as_matrix(k_s.index(0)), len_k - (blocks - 1) * BN, c, BN, D, 2)
-            zero_rows_from(as_matrix(v_s.index(0)), len_k - (blocks - 1) * BN, c, BN, D, 2)
-    # The first block is always masked; with OVERLAP there is nothing before it to multiply.
-    n = 0
-    if OVERLAP:
-        mbarrier.wait(full.index(0), 0)
-        s, dp = products(q, do, as_matrix(k_s.index(0)), as_matrix(v_s.index(0)), BN)
-        s, dp = warpgroup_mma_wait(0, deps=[s, dp])
-        p = probabilities(s, limit, blocks - 1, highest, scale, BN, True)
-        ds = operand(p * (dp - row_delta[:, None]), D, q.dtype)
-        n = 1
-    for m in range(n, first_free):
-        dq, ds = step(
-            m, blocks - 1, limit, q, do, k_s, v_s, full, empty, dq, ds, scale, highest, row_delta,
-            BN, D, STAGES, True, OVERLAP,
-        )  # fmt: skip
-    for m in range(first_free, blocks):
-        dq, ds = step(
-            m, blocks - 1, limit, q, do, k_s, v_s, full, empty, dq, ds, scale, highest, row_delta,
-            BN, D, STAGES, False, OVERLAP,
-        )  # fmt: skip
-    if OVERLAP:
-        dq = warpgroup_mma(ds, as_matrix(k_s.index((blocks - 1) % STAGES)), dq, is_async=True)
-        dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
+        if blocks * BLOCK > len_k:
+            slot = n % STAGES
+            mbarrier.wait(full.index(slot), (n // STAGES) & 1)
+            for h in gl.static_range(HALVES):
+                left = len_k - (blocks - 1) * BLOCK - h * BN
+                zero_rows_from(as_matrix(k_s.index(slot * HALVES + h)), left, c, BN, D, 2)
+                zero_rows_from(as_matrix(v_s.index(slot * HALVES + h)), left, c, BN, D, 2)
+    last = n + blocks - 1
+    first_free += n
+    if PAIRED:
+        A: gl.constexpr = gl.DotOperandLayout(0, S, 2)
+        q_held = q.load(A)
+        do_held = do.load(A)
+        for m in range(n, first_free):
+            dq = paired_step(
+                m, last, limit, q_held, do_held, k_s, v_s, full, empty, dq, scale, highest, row_delta,
+                BN, D, STAGES, True,
+            )  # fmt: skip
+        for m in range(first_free, n + blocks):
+            dq = paired_step(
+                m, last, limit, q_held, do_held, k_s, v_s, full, empty, dq, scale, highest, row_delta,
+                BN, D, STAGES, False,
+            )  # fmt: skip
+    else:
+        ds = gl.zeros([ROWS, BN], q.dtype, gl.DotOperandLayout(0, O, 2))
+        # The first block is always masked; with OVERLAP there is nothing before it to multiply.
+        second = n
+        if OVERLAP:
+            slot = n % STAGES
+            mbarrier.wait(full.index(slot), (n // STAGES) & 1)
+            s, dp = products(q, do, as_matrix(k_s.index(slot)), as_matrix(v_s.index(slot)), BN)
+            s, dp = warpgroup_mma_wait(0, deps=[s, dp])
+            p = probabilities(s, limit, blocks - 1, highest, scale, BN, True)
+            ds = operand(p * (dp - row_delta[:, None]), D, q.dtype)
+            second += 1
+        for m in range(second, first_free):
+            dq, ds = step(
+                m, last, limit, q, do, k_s, v_s, full, empty, dq, ds, scale, highest, row_delta,
+                BN, D, STAGES, True, OVERLAP,
+            )  # fmt: skip
+        for m in range(first_free, n + blocks):
+            dq, ds = step(
+                m, last, limit, q, do, k_s, v_s, full, empty, dq, ds, scale, highest, row_delta,
+                BN, D, STAGES, False, OVERLAP,
+            )  # fmt: skip
+        if OVERLAP:
+            dq = warpgroup_mma(ds, as_matrix(k_s.index(last % STAGES)), dq, is_async=True)
+            dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
+            if PERSISTENT:
+                mbarrier.arrive(empty.index(last % STAGES), count=1)
     dq_out += (batch * seqlen_q + first_q).to(gl.int64) * (num_heads * HEAD_DIM) + head * HEAD_DIM
     store_tile(dq * softmax_scale, q, dq_out, first, len_q, num_heads * HEAD_DIM, D, HEAD_DIM)
+    if PERSISTENT:
+        fence_async_shared()  # the next tile but one is written by TMA after what ordinary loads read
+        mbarrier.arrive(q_empty.index(mine), count=1)
 
 
 @gluon.jit(
@@ -246,28 +337,34 @@ def attention_dq(
     q_desc, k_desc, v_desc, do_desc, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, softmax_scale, seqlen_q, seqlen_k,
     num_sequences, num_heads, queries_per_key_head, heads_together, tiles_per_head,
     BN: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    VARLEN: gl.constexpr, OVERLAP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    VARLEN: gl.constexpr, OVERLAP: gl.constexpr, PAIRED: gl.constexpr, PERSISTENT: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are over (B, heads, S, D) with blocks (1, 1, 64, D) for Q and dO and (1, 1, BN, D) for K and V.
 
     `num_heads` counts query heads. `seqlen_q`, `seqlen_k` are the lengths of Q's and K's third dimension. One block for
     each tile of rows of each sequence, packed: for each slot of `sequence_at`. All rows of dq are written.
     """
+    HALVES: gl.constexpr = 2 if PAIRED else 1
+    Q_SLOTS: gl.constexpr = 2 if PERSISTENT else 1
     dtype: gl.constexpr = q_desc.dtype
-    q_s = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, D], q_desc.layout)
-    do_s = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, D], do_desc.layout)
-    k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
-    v_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    q_s = gl.allocate_shared_memory(dtype, [2 * Q_SLOTS, 1, 1, ROWS, D], q_desc.layout)
+    do_s = gl.allocate_shared_memory(dtype, [2 * Q_SLOTS, 1, 1, ROWS, D], do_desc.layout)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES * HALVES, 1, 1, BN, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES * HALVES, 1, 1, BN, D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_SLOTS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_SLOTS, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full.index(0), count=1)
+    for i in gl.static_range(Q_SLOTS):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     partition_barrier()
-    shared = (q_s, do_s, k_s, v_s, q_full, full, empty)
+    shared = (q_s, do_s, k_s, v_s, q_full, q_empty, full, empty)
     if not VARLEN:
         cu_seqlens_q = 0  # None cannot stand in a tuple
         cu_seqlens_k = 0
@@ -277,11 +374,11 @@ def attention_dq(
     gl.warp_specialize(
         [
             (consumer, (0, shared, lse, delta, dq, tiles, softmax_scale, BN, D, HEAD_DIM, STAGES, CAUSAL,
-                        VARLEN, OVERLAP)),
+                        VARLEN, OVERLAP, PAIRED, PERSISTENT)),
             (consumer, (1, shared, lse, delta, dq, tiles, softmax_scale, BN, D, HEAD_DIM, STAGES, CAUSAL,
-                        VARLEN, OVERLAP)),
+                        VARLEN, OVERLAP, PAIRED, PERSISTENT)),
             (producer, (q_desc, k_desc, v_desc, do_desc, shared, tiles, queries_per_key_head, BN, STAGES, CAUSAL,
-                        VARLEN)),
+                        VARLEN, HALVES, PERSISTENT)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

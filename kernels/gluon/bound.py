@@ -13,7 +13,8 @@ from vllm_accel.kernels.triton.launch import Encoded, Launch, listening, run
 _DIRECT = triton.__version__.startswith("3.6.")
 
 
-#: Kernel, constexprs, dtype, device -> launcher, function, metadata. No integer of these kernels is specialised.
+#: Kernel, constexprs, whether it starts early, dtype, device -> launcher, function, metadata. No integer of these
+#: kernels is specialised.
 _compiled: dict[Any, tuple[Any, Any, Any]] = {}
 
 
@@ -39,7 +40,7 @@ class Bound:
         self._shapes, self._strides = [d.shape for d in descriptors], [d.strides for d in descriptors]
         constants = tuple(launch.constexprs.values())
         self._fixed = (*integers, *constants)
-        self._key = (id(launch.fn), constants, descriptors[0].base.dtype, index)
+        self._key = (id(launch.fn), constants, launch.early, descriptors[0].base.dtype, index)
 
     def __call__(self, *args: Any) -> None:
         """Launch on these tensors (in place of each descriptor its tensor) and floats."""

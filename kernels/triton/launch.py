@@ -57,6 +57,9 @@ class Launch(NamedTuple):
         num_warps, num_stages: of the compiler. maxnreg: registers per thread at most, 0 for the compiler's choice.
         described: how the first of args are described for TMA. The kernel has a parameter for each before those of
             args; None where it gets no descriptor.
+        early: start while the launch before it on the stream still runs, as soon as all its blocks have allowed that or
+            ended (programmatic dependent launch). The kernel itself must wait before it needs what that one writes,
+            and must not end before it.
     """
 
     fn: Any
@@ -67,6 +70,7 @@ class Launch(NamedTuple):
     num_stages: int
     maxnreg: int = 0
     described: tuple[Described | None, ...] = ()
+    early: bool = False
 
 
 def arguments(launch: Launch) -> tuple[Any, ...]:
@@ -76,9 +80,13 @@ def arguments(launch: Launch) -> tuple[Any, ...]:
 
 
 def compile_options(launch: Launch) -> dict[str, int]:
-    """Return the keyword arguments that the compiler takes; AMD's knows no ``maxnreg``, so 0 leaves it out."""
+    """Return the keyword arguments that the compiler takes; AMD's knows only those that every launch has."""
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return {**options, "maxnreg": launch.maxnreg} if launch.maxnreg else options
+    if launch.maxnreg:
+        options["maxnreg"] = launch.maxnreg
+    if launch.early:
+        options["launch_pdl"] = True
+    return options
 
 
 def run(launch: Launch) -> Any:
@@ -152,7 +160,7 @@ class Bound:
         if self._direct:
             self._stream_of = triton.runtime.driver.active.get_current_stream
         kind = (
-            id(launch.fn), self._index, launch.num_warps, launch.num_stages, launch.maxnreg,
+            id(launch.fn), self._index, launch.num_warps, launch.num_stages, launch.maxnreg, launch.early,
             tuple([None if t is None else t.dtype for t in args[:tensors]]),
             # Triton compiles for integers that are 1 or multiples of 16, and for those that need 64 bits.
             tuple([n if n == 1 else (n & 15 == 0, n >> 31 == 0) for n in args[values:]]),

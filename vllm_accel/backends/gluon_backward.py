@@ -24,7 +24,8 @@ _Run = Callable[..., AttentionGrads]
 class GluonBackward:
     """Gradients of dense and packed calls, full or causal; launches are kept by sizes and strides."""
 
-    def __init__(self) -> None:
+    def __init__(self, sm_count: int) -> None:
+        self._sm_count = sm_count
         self._plans: dict[Any, _Run] = {}
 
     def __call__(
@@ -41,11 +42,11 @@ class GluonBackward:
         if plan is None:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = _prepare(q, k, v, dout, args)
+            plan = self._plans[key] = _prepare(q, k, v, dout, args, self._sm_count)
         return plan(q, k, v, args, out, lse, dout, dlse)
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, args: AttentionArgs) -> _Run:
+def _prepare(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, args: AttentionArgs, sm_count: int) -> _Run:
     """Return what computes the gradients of calls with these sizes and strides."""
     from vllm_accel.kernels.gluon import backward_sm90_launch as launches
     from vllm_accel.kernels.gluon.bound import Bound
@@ -60,15 +61,15 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, args: AttentionArgs)
     described = (meta_q, meta_k, meta_v, meta_dout)
     lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32, device="meta")
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (q, k, v))
-    variant = launches.VARIANTS[launches.tile_dim(q.shape[-1], v.shape[-1])]
+    variant = launches.variant_of(q.shape[-1], v.shape[-1], packed=args.cu_seqlens_q is not None)
     options: dict[str, Any] = {
         "cu_seqlens_q": args.cu_seqlens_q, "cu_seqlens_k": args.cu_seqlens_k, "max_seqlen_q": args.max_seqlen_q,
         "max_seqlen_k": args.max_seqlen_k, "softmax_scale": args.softmax_scale, "causal": args.causal,
-        "variant": variant,
+        "variant": variant, "sm_count": sm_count,
     }  # fmt: skip
     index = q.device.index or 0
     for_keys = Bound(launches.dkv_launch(*described, lse, lse, dk, dv, **options), index)
-    for_rows = Bound(launches.dq_launch(*described, lse, lse, dq, **options), index)
+    for_rows = Bound(launches.dq_launch(*described, lse, lse, dq, **options, after_dkv=True), index)
 
     def run(
         q: Tensor,
@@ -90,6 +91,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, args: AttentionArgs)
         start(row_delta_launch(out, rows, None if dlse is None else dlse.to(torch.float32).contiguous(), delta))
         read = [make(t) for make, t in zip(ready, (q, k, v, dout), strict=True)]
         for_keys(*read, lse, delta, dk, dv, cu_q, cu_k, args.softmax_scale)
+        # Nothing may come between these two: `dq_launch`.
         for_rows(*read, lse, delta, dq, cu_q, cu_k, args.softmax_scale)
         return AttentionGrads(dq, dk, dv)
 

@@ -112,7 +112,8 @@ class GluonAttention:
         self._launches, self._bound = forward_sm90_launch, Bound
         self._variant = forward_sm90_launch.VARIANTS[forward_sm90_launch.tile_dim(spec.head_dim, spec.head_dim_v)]
         self._spec, self._device = spec, device
-        self._backward = GluonBackward() if max(spec.head_dim, spec.head_dim_v) <= BACKWARD_HEAD_DIM else None
+        ours = max(spec.head_dim, spec.head_dim_v) <= BACKWARD_HEAD_DIM
+        self._backward = GluonBackward(device.sm_count) if ours else None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs
