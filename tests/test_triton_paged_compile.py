@@ -121,6 +121,29 @@ def test_fp8_values_leave_shared_memory_in_pairs(kv_dtype: torch.dtype) -> None:
     assert "LDS.U8" in compile_launch(launch_of("sm_90", kv_dtype=kv_dtype, chip=paged_launch.Chip())[0], "sm_90").sass
 
 
+@pytest.mark.parametrize("kv_dtype", [BF16, E4M3])
+def test_pages_come_from_lanes(kv_dtype: torch.dtype) -> None:
+    """Look-ups were a third of a step's instructions, and keys waited for them: 143 us where there are now 138."""
+    compiled = compile_launch(launch_of("sm_90", kv_dtype=kv_dtype)[0], "sm_90")
+    (body,) = [
+        text for text in re.findall(r"scf\.for .*?\n +scf\.yield", compiled.ttgir, re.DOTALL) if "tt.dot" in text
+    ]
+    step = body[body.rindex("scf.for") :]
+    # One entry a thread, of the pages after the next 32. What it replaces had a load for each key or page of a tile.
+    assert re.findall(r"tt\.load .*", step) and all("!tt.ptr<i32> loc" in t for t in re.findall(r"tt\.load .*", step))
+    assert step.count("tt.load ") == 1
+    assert step.count("shfl.sync.idx") == launch_of("sm_90", kv_dtype=kv_dtype)[0].constexprs["BLOCK_N"] // 16
+
+
+def test_which_pages_come_from_lanes() -> None:
+    def entries(arch: str = "sm_90", **options: Any) -> bool:
+        return bool(launch_of(arch, **options)[0].constexprs["ENTRIES"])
+
+    assert [n for n in (1, 4, 8, 16, 24, 32, 64, 128, 256) if entries(block_size=n)] == [8, 16, 32]
+    assert entries("sm_90", height="m32") and not entries("sm_90", height="prefill")
+    assert not (entries("sm_90", mla=True) or entries("sm_80") or entries("sm_100") or entries("gfx942"))
+
+
 def test_chips() -> None:
     assert [paged_launch.chip_of(a).native_e4m3 for a in ("sm_86", "sm_89", "sm_90", "sm_120", "gfx942", "")] == [
         False, True, True, True, True, True,

@@ -12,9 +12,8 @@ memory that held anything else looks like one with a chance of 2^-48.
 
 import triton
 import triton.language as tl
-from vllm_accel.kernels.triton.pages import query_span, within
+from vllm_accel.kernels.triton.pages import within
 from vllm_accel.kernels.triton.scores import LN2, LOG2E
-from vllm_accel.kernels.triton.teams import blocks_of
 
 #: A counter that has counted nobody; the lower 16 bits count.
 KEY: tl.constexpr = tl.constexpr(0x5D3B51C7E26A0000)
@@ -22,7 +21,7 @@ KEY: tl.constexpr = tl.constexpr(0x5D3B51C7E26A0000)
 
 @triton.jit
 def prepare(counter, held):
-    """Make an int64 that holds anything a counter. To be done by each that will count, before any of them can be done.
+    """Make an int64 that holds anything a counter. To be done by each that will count, before it does.
 
     Args:
         held: what `counter` was seen to hold. If that has changed, somebody else has prepared it.
@@ -43,29 +42,25 @@ def arrive(counter, members):
 
 @triton.jit
 def join_sequence(
-    sequence, before, start, stop, team, counter, part_ptr, part_lse, cu_seqlens, seqused_k, sinks, out_ptr, lse_ptr,
-    batch, tokens, most, high_q, kv_head, num_heads, tile,
-    GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, UNIT: tl.constexpr,
+    team, last, counter, held, part_ptr, part_lse, sinks, out_ptr, lse_ptr, token, len_q, tokens, high_q, kv_head,
+    num_heads, tile,
+    GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     SINKS: tl.constexpr, JOIN_S: tl.constexpr, JOIN_R: tl.constexpr,
 ):  # fmt: skip
-    """Count a team as done with a sequence that it has not alone, and join its tile of rows if all others are.
+    """Count a team as done with its part of a sequence, and join the sequence's tile of rows if all others are.
 
     Args:
-        sequence: may be `batch`. before: blocks before its own. start, stop: blocks of the team that counts.
-        team: the first that has blocks of the sequence. The others: see `stream.stream_attention`.
+        team, last: the first team and the last that have blocks of the sequence.
+        counter, held: of the sequence, and what it was seen to hold. The others: see `stream.stream_attention`.
     """
-    n = blocks_of(sequence, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT)
-    token, len_q = query_span(cu_seqlens, sequence, batch, tokens)
-    cut = ((before < start) & (before + n > start)) | ((before < stop) & (before + n > stop))
-    if cut & (tile * BLOCK_M < len_q * GROUP):
-        last = team + (before + n - 1) // (stop - start) - before // (stop - start)
-        if arrive(counter, last - team + 1):
-            end = tl.minimum((tile + 1) * BLOCK_M, len_q * GROUP)
-            for row in range(tile * BLOCK_M, end, JOIN_R):
-                _join_rows(
-                    part_ptr, part_lse, sinks, out_ptr, lse_ptr, team, last, token, tokens, kv_head, num_heads, high_q,
-                    row, end, GROUP, DV, BLOCK_DV, SINKS, JOIN_S, JOIN_R,
-                )  # fmt: skip
+    prepare(counter, held)
+    if arrive(counter, last - team + 1):
+        end = tl.minimum((tile + 1) * BLOCK_M, len_q * GROUP)
+        for row in range(tile * BLOCK_M, end, JOIN_R):
+            _join_rows(
+                part_ptr, part_lse, sinks, out_ptr, lse_ptr, team, last, token, tokens, kv_head, num_heads, high_q,
+                row, end, GROUP, DV, BLOCK_DV, SINKS, JOIN_S, JOIN_R,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -12,6 +12,7 @@ has for a key head: `m16`, `m32`, `m64` and `prefill`.
 
 import triton
 import triton.language as tl
+from vllm_accel.kernels.triton.entries import first_entries, next_entries, pages_at, tokens_at
 from vllm_accel.kernels.triton.mla import attend_latent
 from vllm_accel.kernels.triton.pages import (
     BITS_SCALE,
@@ -41,7 +42,8 @@ def _attend(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, MASKED: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr, BITS: tl.constexpr,
-    NORM: tl.constexpr, PAIRS: tl.constexpr, E5M2: tl.constexpr, ASM: tl.constexpr,
+    NORM: tl.constexpr, PAIRS: tl.constexpr, E5M2: tl.constexpr, ASM: tl.constexpr, ENTRIES: tl.constexpr,
+    EACH: tl.constexpr,
 ):  # fmt: skip
     """Let the rows attend to the keys [begin, end), in steps of BLOCK_N from a multiple of it.
 
@@ -53,21 +55,35 @@ def _attend(
     columns = tl.arange(0, BLOCK_D)
     columns_v = tl.arange(0, BLOCK_W)
     exponent = factor(scale, FOLD)
-    # A page is looked up one step ahead: the load of a key then waits for no other load of its step.
-    page = pages_of(begin, end, table, num_blocks, PAGE, BLOCK_N)
+    if EACH:
+        l = tl.where(tl.arange(0, BLOCK_N)[None, :] == 0, l[:, None], 0.0)
+    if ENTRIES:
+        entries, following = first_entries(begin, end, table, PAGE, ASM)
+    else:
+        page = pages_of(begin, end, table, num_blocks, PAGE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        at = tokens_in(k_head, page, start, stride_kb, stride_ks, PAGE, BLOCK_N)
+        if ENTRIES:
+            pages = pages_at(entries, start, PAGE, BLOCK_N, ASM)
+            at = tokens_at(k_head, pages, num_blocks, stride_kb, stride_ks, PAGE, BLOCK_N)
+        else:
+            at = tokens_in(k_head, page, start, stride_kb, stride_ks, PAGE, BLOCK_N)
         if MASKED or D != BLOCK_D:
             k = tl.load(at[:, None] + columns[None, :], mask=within(n < end, columns, D, BLOCK_D), other=0.0)
         else:
             k = tl.load(at[:, None] + columns[None, :])
-        at = tokens_in(v_head, page, start, stride_vb, stride_vs, PAGE, BLOCK_N)
+        if ENTRIES:
+            at = tokens_at(v_head, pages, num_blocks, stride_vb, stride_vs, PAGE, BLOCK_N)
+        else:
+            at = tokens_in(v_head, page, start, stride_vb, stride_vs, PAGE, BLOCK_N)
         if MASKED or DV != BLOCK_DV:
             v = tl.load(at[:, None] + columns_v[None, :], mask=within(n < end, columns_v, WIDTH, BLOCK_W), other=0.0)
         else:
             v = tl.load(at[:, None] + columns_v[None, :])
-        page = pages_of(start + BLOCK_N, end, table, num_blocks, PAGE, BLOCK_N)
+        if ENTRIES:
+            entries, following = next_entries(entries, following, start + BLOCK_N, end, table, PAGE, ASM)
+        else:
+            page = pages_of(start + BLOCK_N, end, table, num_blocks, PAGE, BLOCK_N)
         s = tl.dot(q, tl.trans(widen(k, q.dtype, BITS)), input_precision=PRECISION)
         if NORM:
             s *= power[:, None]
@@ -81,7 +97,7 @@ def _attend(
             v, high = halves(v, E5M2, ASM)
             odd = tl.dot(p, high, odd * rescale[:, None], input_precision=PRECISION)
         acc = tl.dot(p, widen(v, q.dtype, BITS), acc * rescale[:, None], input_precision=PRECISION)
-    return acc, odd, m, l
+    return acc, odd, m, tl.sum(l, 1) if EACH else l
 
 
 @triton.jit
@@ -96,7 +112,7 @@ def attend_rows(
     Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
     ROPE: tl.constexpr, BLOCK_R: tl.constexpr, FOLD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
     BITS: tl.constexpr, Q_BITS: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr,
-    E5M2: tl.constexpr, ASM: tl.constexpr,
+    E5M2: tl.constexpr, ASM: tl.constexpr, ENTRIES: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """Let BLOCK_M rows of one sequence and key head attend to its keys [begin, end): return sums, maxima, denominators.
 
@@ -162,7 +178,7 @@ def attend_rows(
                 begin, tl.minimum(end, inner), acc, odd, m, l, q, power, k_head, v_head, table, rows, len_q, len_k,
                 scale, softcap, slope, left, right, num_blocks, stride_kb, stride_ks, stride_vb, stride_vs,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE, FOLD, SOFTCAP, ALIBI, LEFT, RIGHT, True, PRECISE, PRECISION,
-                BITS, NORM, PAIRS, E5M2, ASM,
+                BITS, NORM, PAIRS, E5M2, ASM, ENTRIES, EACH,
             )  # fmt: skip
             begin = tl.maximum(begin, inner)
         if PEEL:
@@ -170,14 +186,14 @@ def attend_rows(
                 begin, tl.minimum(end, outer), acc, odd, m, l, q, power, k_head, v_head, table, rows, len_q, len_k,
                 scale, softcap, slope, left, right, num_blocks, stride_kb, stride_ks, stride_vb, stride_vs,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE, FOLD, SOFTCAP, ALIBI, LEFT, RIGHT, False, PRECISE, PRECISION,
-                BITS, NORM, PAIRS, E5M2, ASM,
+                BITS, NORM, PAIRS, E5M2, ASM, ENTRIES, EACH,
             )  # fmt: skip
             begin = tl.maximum(begin, outer)
         acc, odd, m, l = _attend(
             begin, end, acc, odd, m, l, q, power, k_head, v_head, table, rows, len_q, len_k,
             scale, softcap, slope, left, right, num_blocks, stride_kb, stride_ks, stride_vb, stride_vs,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE, FOLD, SOFTCAP, ALIBI, LEFT, RIGHT, True, PRECISE, PRECISION,
-            BITS, NORM, PAIRS, E5M2, ASM,
+            BITS, NORM, PAIRS, E5M2, ASM, ENTRIES, EACH,
         )  # fmt: skip
         if PAIRS:
             acc = tl.interleave(acc, odd)
@@ -209,7 +225,7 @@ def paged_attention(
     Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
     ROPE: tl.constexpr, BLOCK_R: tl.constexpr, FOLD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
     BITS: tl.constexpr, Q_BITS: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr,
-    E5M2: tl.constexpr, ASM: tl.constexpr,
+    E5M2: tl.constexpr, ASM: tl.constexpr, ENTRIES: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of rows over one split of one sequence's keys, for one key head.
 
@@ -232,6 +248,8 @@ def paged_attention(
         ROPE: for MLA, where keys have so many more channels than values and k_ptr holds both: D is then DV.
         BITS, Q_BITS: the caches, or q, are bytes of e4m3. NORM: q gives up its exponents (`row_power`).
         DTYPE: of the products. PAIRS, ASM: values of 8 bits, e4m3 or E5M2, are read in pairs (`pages.halves`).
+        ENTRIES: pages are looked up 32 at a time (`entries.py`). The keys of a tile have 2 to 8 pages of their own.
+        EACH: each key of a tile has its own denominators (`pages.online`).
     """
     index = tl.program_id(0)
     kv_head = index % num_kv_heads
@@ -297,7 +315,7 @@ def paged_attention(
         stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_tb,
         GROUP, D, DV, BLOCK_D, BLOCK_DV, PAGE, BLOCK_M, BLOCK_N, PEEL, LEFT, RIGHT, SOFTCAP, ALIBI,
         Q_DESCALE, K_DESCALE, V_DESCALE, ROPE, BLOCK_R, FOLD, PRECISE, PRECISION, BITS, Q_BITS, NORM, DTYPE, PAIRS,
-        E5M2, ASM,
+        E5M2, ASM, ENTRIES, EACH,
     )  # fmt: skip
     if SINKS and (GROWS or not SPLIT):
         sink = tl.load(sinks + heads, mask=live & alone, other=float("-inf")).to(tl.float32) * LOG2E

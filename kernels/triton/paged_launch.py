@@ -67,10 +67,12 @@ class Chip(NamedTuple):
     Attributes:
         native_e4m3: convert e4m3; else the kernel does (q and caches may be uint8 views or e4m3).
         pairs: convert two FP8 numbers of a 16-bit integer (`pages.halves`): NVIDIA's from compute capability 8.9 on.
+        shuffles: look pages up in the lanes of a warp (`entries.py`): all of NVIDIA's could, timed on Hopper only.
     """
 
     native_e4m3: bool = True
     pairs: bool = False
+    shuffles: bool = False
 
 
 def chip_of(arch: str) -> Chip:
@@ -78,7 +80,7 @@ def chip_of(arch: str) -> Chip:
     if not arch.startswith("sm_"):
         return Chip()
     number = int(arch[3:])
-    return Chip(number >= 89, number >= 89)
+    return Chip(number >= 89, number >= 89, number == 90)
 
 
 def padded(head_dim: int) -> int:
@@ -94,7 +96,7 @@ def choose_tile(
 
     Args:
         form: "many": there are more programs than the usual tile leaves places for at a time; a smaller one leaves
-            more, so that whoever is done makes room for others. "stream": of `stream.py`, if it is another one.
+            more, so that whoever is done makes room for others.
     """
     height = "m16" if rows <= 16 else "m32" if rows <= 32 else "m64" if rows <= 64 else "prefill"
     size = f"d{max(64, padded(head_dim_v if mla else max(head_dim, head_dim_v)))}"
@@ -152,6 +154,9 @@ def attention_launch(
         chip.pairs and v_cache.dtype in _FP8 and not mla and product is tl.float16 and work.tile.block_m < 64
         and all(n % 2 == 0 for n in (head_dim_v, *v_cache.stride()[:3]))
     )  # fmt: skip
+    # More than eight pages are not worth an instruction each. Tiles of 64 rows wait for products rather than for keys.
+    per_tile, rest = divmod(work.tile.block_n, page)
+    entries = chip.shuffles and not mla and work.tile.block_m < 64 and rest == 0 and 2 <= per_tile <= 8
     constexprs = {
         "GROUP": heads // kv_heads, "D": head_dim - rope, "DV": head_dim_v, "BLOCK_D": padded(head_dim - rope),
         "BLOCK_DV": padded(head_dim_v), "PAGE": page, "BLOCK_M": work.tile.block_m, "BLOCK_N": work.tile.block_n,
@@ -161,6 +166,9 @@ def attention_launch(
         "PRECISION": "tf32" if tf32 else "ieee", "BITS": k_cache.dtype is _E4M3 and not chip.native_e4m3,
         "Q_BITS": q.dtype is _E4M3 and not chip.native_e4m3, "NORM": norm,
         "DTYPE": product, "PAIRS": pairs, "E5M2": v_cache.dtype is torch.float8_e5m2, "ASM": _COMPILED,
+        "ENTRIES": entries,
+        # Where registers are limited there is no room for so many.
+        "EACH": not work.tile.maxnreg and work.tile.block_m * work.tile.block_n <= 2048,
     }  # fmt: skip
     tokens, batch = q.shape[0], args.seqused_k.shape[0]
     if work.teams:

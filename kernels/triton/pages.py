@@ -251,13 +251,20 @@ def row_power(q):
 
 @triton.jit
 def online(s, m, l, factor):
-    """Fold a tile of logits ``s * factor`` into the maximum m and the denominator l: return p, rescaling, m, l."""
+    """Fold a tile of logits ``s * factor`` into the maximum m and the denominator l: return p, rescaling, m, l.
+
+    Where l has a column for each key of a tile, these are to be added up at the end: where threads of several warps
+    have the keys of a row, they wait for each other once less in every step.
+    """
     top = tl.maximum(m, tl.max(s, 1) * factor)
     # A row without a key yet subtracts 0 instead of -inf: 2^-inf is 0, and -inf - -inf would be NaN.
     shift = tl.where(top == float("-inf"), 0.0, top)
     p = tl.exp2(s * factor - shift[:, None])
     rescale = tl.exp2(m - shift)
-    return p, rescale, top, l * rescale + tl.sum(p, 1)
+    if len(l.shape) == 2:
+        return p, rescale, top, l * rescale[:, None] + p
+    else:
+        return p, rescale, top, l * rescale + tl.sum(p, 1)
 
 
 @triton.jit

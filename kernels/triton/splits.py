@@ -170,7 +170,7 @@ def plan_work(sizes: Sizes, tile_for: Callable[[int, str], Tile], gpu: Gpu, num_
 
     Args:
         tile_for: the tile for so many rows of a sequence and key head (query tokens times heads of a group), by form:
-            "many" where there are more programs than the usual one leaves places for, "stream" for streams.
+            "many" where there are more programs than the usual one leaves places for.
         num_splits: forced for the launches that may split; 0 chooses.
     """
     group = sizes.num_heads // sizes.num_kv_heads
@@ -221,9 +221,6 @@ def _decode(
         if not (forced or even) and 5 * blocks < 4 * room.all and keys > 2 * MIN_SPLIT:
             goal, num_splits, part_rows = num_splits, batch * (num_splits + 1), most
         return Work(tile, False, tiles, 0, most, num_splits, goal, 0, num_splits > 1, part_rows, tail, most=sizes.most)
-    tile = tile_for(rows, "stream")
-    tiles, room = -(-most * group // tile.block_m), places(tile, sizes.row_bytes, gpu)
-    heads = tiles * sizes.num_kv_heads
     # Sequences that are not worth cutting have a team each.
     per = num_splits or int(keys <= 2 * MIN_SPLIT)
     teams = per * batch or choose_teams(heads, batch, room)

@@ -12,7 +12,7 @@ Layouts: as in `paged`. Tiles: `tiles/paged.json` and `tiles/mla.json`, `m16`, `
 
 import triton
 import triton.language as tl
-from vllm_accel.kernels.triton.join import join_sequence, prepare
+from vllm_accel.kernels.triton.join import join_sequence
 from vllm_accel.kernels.triton.paged import attend_rows
 from vllm_accel.kernels.triton.pages import add_sink, finish, key_count, query_span, within, zero_rows
 from vllm_accel.kernels.triton.scores import LN2, LOG2E, keys_of_rows
@@ -37,7 +37,8 @@ def stream_attention(
     Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
     ROPE: tl.constexpr, BLOCK_R: tl.constexpr, FOLD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
     BITS: tl.constexpr, Q_BITS: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr,
-    E5M2: tl.constexpr, ASM: tl.constexpr, JOIN_S: tl.constexpr, JOIN_R: tl.constexpr,
+    E5M2: tl.constexpr, ASM: tl.constexpr, ENTRIES: tl.constexpr, EACH: tl.constexpr,
+    JOIN_S: tl.constexpr, JOIN_R: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of rows over a team's keys, for one key head; the heads of a token lie side by side in memory.
 
@@ -57,29 +58,17 @@ def stream_attention(
     tile = worker % tiles
     team = worker // tiles
     num_heads = num_kv_heads * GROUP
-    start, stop, first, before, last, before_last = range_of_team(
+    share, start, stop, sequence, before = range_of_team(
         team, cu_seqlens, seqused_k, batch, tokens, teams, per, most, high_q, UNIT
     )
     SPAN: tl.constexpr = BLOCK_M // GROUP if BLOCK_M % GROUP == 0 else (BLOCK_M - 1) // GROUP + 2
     slots = teams.to(tl.int64) * high_q * num_heads
     part_lse = part_ptr + 2 * slots * DV
-    # The counters of the two sequences that may have to be joined: the place of the first team that has blocks of it.
-    share = stop - start
-    place, place_last = team - start // share + before // share, team - start // share + before_last // share
     counters = (part_lse + 2 * slots).to(tl.pointer_type(tl.int64), bitcast=True) + tile * num_kv_heads + kv_head
-    counter = counters + tl.minimum(place, teams - 1) * (tiles * num_kv_heads)
-    counter_last = counters + tl.minimum(place_last, teams - 1) * (tiles * num_kv_heads)
-    cuts = per != 1  # else each sequence is some team's alone
-    held = tl.load(counter, mask=cuts, other=0, volatile=True)
-    held_last = tl.load(counter_last, mask=cuts, other=0, volatile=True)
-    token, len_q = query_span(cu_seqlens, tl.minimum(first, batch), batch, tokens)
-    len_k = key_count(seqused_k, first, batch, max_blocks, PAGE)
-    if cuts:
-        prepare(counter, held)
-        prepare(counter_last, held_last)
-    sequence_before = before
-    for i in range(tl.minimum(last, batch - 1) - first + 1):
-        sequence = first + i
+    place = team - start // share  # of the team that has block 0
+    token, len_q = query_span(cu_seqlens, tl.minimum(sequence, batch), batch, tokens)
+    len_k = key_count(seqused_k, sequence, batch, max_blocks, PAGE)
+    while (sequence < batch) & (before < stop):
         # Of the next sequence, so that nothing waits for it then.
         next_token, next_q = query_span(cu_seqlens, sequence + 1, batch, tokens)
         next_k = key_count(seqused_k, sequence + 1, batch, max_blocks, PAGE)
@@ -99,6 +88,10 @@ def stream_attention(
             heads = kv_head * GROUP + r % GROUP
             columns = tl.arange(0, BLOCK_DV)
             live = rows < len_q
+            # The counter of a sequence that has to be joined is that of the first team with blocks of it.
+            owner, other = place + before // share, place + (before + n - 1) // share
+            counter = counters + owner * (tiles * num_kv_heads)
+            held = tl.load(counter, mask=not whole, other=0, volatile=True)
             # Of a window, which begins at any key, the last block takes what is left.
             begin = low + begin * UNIT
             end = tl.where(goes_on, tl.minimum(low + end * UNIT, high), high)
@@ -109,7 +102,7 @@ def stream_attention(
                 stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_tb,
                 GROUP, D, DV, BLOCK_D, BLOCK_DV, PAGE, BLOCK_M, BLOCK_N, False, LEFT, RIGHT, SOFTCAP, ALIBI,
                 Q_DESCALE, K_DESCALE, V_DESCALE, ROPE, BLOCK_R, FOLD, PRECISE, PRECISION, BITS, Q_BITS, NORM, DTYPE,
-                PAIRS, E5M2, ASM,
+                PAIRS, E5M2, ASM, ENTRIES, EACH,
             )  # fmt: skip
             if SINKS:
                 sink = tl.load(sinks + heads, mask=live & whole, other=float("-inf")).to(tl.float32) * LOG2E
@@ -127,19 +120,13 @@ def stream_attention(
                 at = (slot.to(tl.int64) * high_q + rows) * num_heads + heads
                 tl.store(part_ptr + at[:, None] * DV + columns[None, :], acc, mask=inside)
                 tl.store(part_lse + at, total, mask=live)
+                join_sequence(
+                    owner, other, counter, held, part_ptr, part_lse, sinks, out_ptr, lse_ptr, token, len_q, tokens,
+                    high_q, kv_head, num_heads, tile, GROUP, DV, BLOCK_DV, BLOCK_M, SINKS, JOIN_S, JOIN_R,
+                )  # fmt: skip
         before += n
+        sequence += 1
         token, len_q, len_k = next_token, next_q, next_k
-    if cuts:
-        # The first of a team's sequences and the last, where that is another: one piece of code for both, which takes a
-        # fifth less time to compile.
-        for i in range(tl.where(last != first, 2, 1)):
-            ends = i == 1
-            join_sequence(
-                tl.where(ends, last, first), tl.where(ends, before_last, sequence_before), start, stop,
-                tl.where(ends, place_last, place), tl.where(ends, counter_last, counter), part_ptr, part_lse,
-                cu_seqlens, seqused_k, sinks, out_ptr, lse_ptr, batch, tokens, most, high_q, kv_head, num_heads, tile,
-                GROUP, DV, BLOCK_DV, BLOCK_M, UNIT, SINKS, JOIN_S, JOIN_R,
-            )  # fmt: skip
     if tail > 0:
         past = tl.minimum(tl.maximum(tl.load(cu_seqlens + batch), 0), tokens)
         zero_rows(out_ptr, lse_ptr, worker, teams * tiles, past, tokens, num_heads, kv_head, GROUP, DV, BLOCK_DV)

@@ -32,45 +32,41 @@ def blocks_of(sequence, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT
 
 
 @triton.jit
-def _largest(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
-    return tl.maximum(a0, b0), tl.maximum(a1, b1), tl.maximum(a2, b2), tl.maximum(a3, b3), tl.maximum(a4, b4)
+def _largest(a0, a1, a2, b0, b1, b2):
+    return tl.maximum(a0, b0), tl.maximum(a1, b1), tl.maximum(a2, b2)
 
 
 @triton.jit
-def find_blocks(start, end, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT: tl.constexpr):
-    """Return the sequence that block `start` belongs to and how many blocks are before that sequence's; so for `end`.
+def find_block(block, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT: tl.constexpr):
+    """Return the sequence that a block belongs to, `batch` past the last one, and how many blocks are before its own.
 
-    The sequence is `batch` past the last one. All is reduced at a time, because warps wait for each other each time.
+    All is reduced at a time, because warps wait for each other each time.
     """
-    first, before, last, before_last, counted = 0, 0, 0, 0, 0
+    sequence, before, counted = 0, 0, 0
     for b in range(0, batch, 128):
         others = b + tl.arange(0, 128)
         n = blocks_of(others, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT)
         ends = counted + tl.cumsum(n, 0)
-        done, done_last = (others < batch) & (ends <= start), (others < batch) & (ends <= end)
-        found = (
-            tl.where(done, others + 1, 0), tl.where(done, ends, 0),
-            tl.where(done_last, others + 1, 0), tl.where(done_last, ends, 0), ends,
-        )  # fmt: skip
-        f, f_before, l, l_before, counted = tl.reduce(found, 0, _largest)
-        first, before = tl.maximum(first, f), tl.maximum(before, f_before)
-        last, before_last = tl.maximum(last, l), tl.maximum(before_last, l_before)
-    return first, before, last, before_last
+        done = (others < batch) & (ends <= block)
+        found = tl.where(done, others + 1, 0), tl.where(done, ends, 0), ends
+        following, ended, counted = tl.reduce(found, 0, _largest)
+        sequence, before = tl.maximum(sequence, following), tl.maximum(before, ended)
+    return sequence, before
 
 
 @triton.jit
 def range_of_team(team, cu_seqlens, seqused_k, batch, tokens, teams, per, most, high_q, UNIT: tl.constexpr):
-    """Return (start, stop, first, before, last, before_last): blocks [start, stop) of sequences first to last.
+    """Return (share, start, stop, sequence, before): a team has the blocks [start, stop), from this sequence on.
 
-    So many blocks are before those of the first and of the last sequence; either may be `batch`, past the last one.
-    With `per` blocks are those of one sequence.
+    So many blocks are before those of that sequence, which may be `batch`, past the last one. With `per` blocks are
+    those of one sequence. Each team has `share` blocks, but for the last that have some.
     """
     if per > 0:
-        first = team // per
-        n = blocks_of(first, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT)
+        sequence, before = team // per, 0
+        n = blocks_of(sequence, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT)
         share = tl.maximum(tl.cdiv(n, per), MIN_SPLIT // UNIT)
         start = team % per * share
-        before, last, before_last = 0, first, 0
+        stop = tl.minimum(start + share, n)
     else:
         total = 0
         for b in range(0, batch, 128):
@@ -78,7 +74,6 @@ def range_of_team(team, cu_seqlens, seqused_k, batch, tokens, teams, per, most, 
             total += tl.sum(blocks_of(others, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT), 0)
         share = tl.maximum(tl.cdiv(total, teams), MIN_SPLIT // UNIT)
         start = team * share
-        first, before, last, before_last = find_blocks(
-            start, start + share - 1, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT
-        )
-    return start, start + share, first, before, last, before_last
+        stop = tl.minimum(start + share, total)
+        sequence, before = find_block(start, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT)
+    return share, start, stop, sequence, before

@@ -202,8 +202,8 @@ def _ranges(cu_seqlens, seqused, found, batch, tokens, teams, per, most, high_q,
     numbers = teams_module.range_of_team(
         team, cu_seqlens, seqused, batch, tokens, teams, per, most, high_q, UNIT
     )  # fmt: skip
-    for i in tl.static_range(6):
-        tl.store(found + 6 * team + i, numbers[i])
+    for i in tl.static_range(5):
+        tl.store(found + 5 * team + i, numbers[i])
 
 
 def blocks_of_teams(
@@ -212,23 +212,32 @@ def blocks_of_teams(
     """Return how many blocks of which sequence each team has, once it is clear that every block is somebody's."""
     batch, q_lens, unit, high_q = len(lengths), q_lens or [1] * len(lengths), 128, 4
     ends = torch.tensor([0, *q_lens]).cumsum(0).to(torch.int32)
-    found = torch.full((teams, 6), -1, dtype=torch.int32)
+    found = torch.full((teams, 5), -1, dtype=torch.int32)
     used = torch.tensor(lengths, dtype=torch.int32)
     _ranges[(teams,)](ends, used, found, batch, int(ends[-1]), teams, per, most, high_q, unit)
     n = [max(1, -(-min(max(k, 0), most) // unit)) for k in lengths]
     n = [count if 0 < q <= high_q else 0 for count, q in zip(n, q_lens, strict=True)]
     starts = [0] * batch if per else torch.tensor([0, *n]).cumsum(0)[:-1].tolist()
-    had = []
-    for start, stop, first, before, last, before_last in found.tolist():
+    had: list[dict[int, int]] = []
+    owners: dict[int, list[tuple[int, int]]] = {}
+    for team, (share, start, stop, sequence, before) in enumerate(found.tolist()):
         mine = {}
-        for b in range(first, min(last, batch - 1) + 1):
-            assert b != first or starts[b] == before
-            assert b != last or starts[b] == before_last
-            count = min(stop, starts[b] + n[b]) - max(start, starts[b])
+        for b in range(sequence, batch):
+            if before >= stop:
+                break
+            assert per or starts[b] == before
+            count = min(stop, before + n[b]) - max(start, before)
             if count > 0:
                 mine[b] = count
+                # The first and the last team with blocks of the sequence, that `stream_attention` works out.
+                place = team - start // share
+                owners.setdefault(b, []).append((place + before // share, place + (before + n[b] - 1) // share))
+            before += n[b]
         had.append(mine)
     assert [sum(mine.get(b, 0) for mine in had) for b in range(batch)] == n
+    for b, named in owners.items():
+        having = [team for team, mine in enumerate(had) if b in mine]
+        assert named == [(having[0], having[-1])] * len(having)
     return had
 
 
