@@ -57,7 +57,7 @@ def pages_at(entries, start, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.
     lane = start // PAGE % 32
     pages = (_entry(entries, lane, ASM),)
     for i in tl.static_range(1, BLOCK_N // PAGE):
-        pages = pages + (_entry(entries, lane + i, ASM),)  # type: ignore[assignment]
+        pages = pages + (_entry(entries, lane + i, ASM),)  # type: ignore[assignment]  # noqa: RUF005
     return pages
 
 
