@@ -8,9 +8,9 @@ With TMA, on Hopper, tiles of dense calls come through descriptors that the laun
 pointers, and one thread asks for a whole tile. A descriptor ends with the tensor and gives zeros past it; past the end
 of a packed sequence is the next one, or what was never written, so packed calls read by pointers.
 
-HELD keeps q in registers, and waits for each product with v. So neither takes shared memory that keys could have, and
-the weights may take the registers of the logits: at D = 128 three programs fit a multiprocessor of Hopper instead of
-two, and while one computes weights, the others multiply (docs/triton.md).
+HELD keeps q in registers, and waits for each product with v. So q takes no shared memory that keys could have, and
+the weights may take the registers of the logits: on Hopper a multiprocessor has place for one more program, three at
+D = 128 and two at 256, and while one computes weights, the others multiply (docs/triton.md).
 
 Layouts: q, k, v (B, S, heads, D) or packed (T, heads, D) with cu_seqlens, any strides with the innermost 1; out and lse
 contiguous. Tiles: `tiles/forward.json`, keys `d<block>`, with `_causal`, `_heavy` or `_tma` where those differ.

@@ -20,7 +20,7 @@ _L2_BYTES = 20 << 20
 #: Head sizes with which tiles that come by TMA were the fastest on an H200 (docs/triton.md).
 _BY_TMA = (64, 128, 256)
 #: Of those, with which q in registers was faster too.
-_HELD = (128,)
+_HELD = (128, 256)
 #: The interpreter knows no PTX.
 _COMPILED = isinstance(attention_forward, triton.runtime.JITFunction)
 #: Operations of a call from which that pays: descriptors cost the host 14 us there, and this takes the device 70.
