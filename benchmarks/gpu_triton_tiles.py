@@ -200,13 +200,13 @@ def _gluon_data(
 
 def _gluons() -> list[Problem]:
     try:
-        from vllm_accel.kernels.gluon.forward_sm90_launch import Variant
+        from vllm_accel.kernels.gluon.forward_sm90_launch import VARIANTS, Variant
     except ImportError:  # a Triton without Gluon
         return []
     base, taking_turns, persistent = Variant(128), Variant(128, pingpong=True), Variant(128, persistent=True)
     three = Variant(64, stages=4, consumers=3, consumer_registers=160)
     variants = {
-        64: (base, persistent, Variant(128, stages=3), Variant(128, stages=3, persistent=True), three),
+        64: (VARIANTS[64], VARIANTS[64]._replace(q_slots=1), Variant(128, stages=3, held=True), base, three),
         128: (base, taking_turns, persistent, Variant(128, persistent=True, q_slots=2), Variant(64, stages=4)),
         256: (Variant(64), Variant(64, pingpong=True), Variant(32, stages=3), Variant(64, overlap=False)),
     }

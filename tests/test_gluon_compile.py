@@ -5,6 +5,7 @@ above the exponentials, and then nothing overlaps.
 """
 
 import functools
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from vllm_accel.kernels.gluon import forward_sm90_launch as launches
 #: Head size, causal, packed, variant: each path through the kernel at least once.
 KERNELS = [
     (64, False, False, {}),
+    (64, True, False, {}),
     pytest.param(64, True, True, {}, marks=pytest.mark.slow),
     (128, False, False, {}),
     pytest.param(128, True, False, {}, marks=pytest.mark.slow),
@@ -57,6 +59,9 @@ def test_it_fits_and_the_softmax_runs_under_the_second_product(head_dim, causal,
 
     loops = main_loops(kernel.sass)
     assert len(loops) == (4 if causal else 2), "one loop for each consumer, and one with a mask"
+    if launches.VARIANTS[head_dim].held:
+        products = [operands for loop in loops for name, operands in loop if "HGMMA" in name]
+        assert all(re.match(r"\s*R\d+, R\d+, gdesc", operands) for operands in products), "Q is not in registers"
     bn = launches.VARIANTS[head_dim].bn
     for loop in loops:
         names = [name for name, _ in loop]

@@ -22,6 +22,7 @@ VARIANTS = {
     "overlap": {},
     "ping-pong": {"PINGPONG": True},
     "persistent": {"PERSISTENT": True, "Q_SLOTS": 2},
+    "persistent, held": {"PERSISTENT": True, "Q_SLOTS": 2, "HELD": True},
     "persistent, plain": {"PERSISTENT": True, "OVERLAP": False},
     "persistent, ping-pong": {"PERSISTENT": True, "PINGPONG": True},
     "one stage": {"STAGES": 1},
@@ -71,8 +72,8 @@ def run(
     lse = np.full((batch, heads, seqlen_q), 7, np.float32)
     constexprs = {
         "CONSUMERS": 2, "BN": BN, "D": D, "HEAD_DIM": D, "STAGES": 2, "Q_SLOTS": 1, "CAUSAL": causal,
-        "VARLEN": bool(lengths), "OVERLAP": True, "PINGPONG": False, "PERSISTENT": False, "CONSUMER_REGISTERS": 240,
-        "PRODUCER_REGISTERS": 24, **options,
+        "VARLEN": bool(lengths), "OVERLAP": True, "PINGPONG": False, "PERSISTENT": False, "HELD": False,
+        "CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24, **options,
     }  # fmt: skip
     rows = 64 * constexprs["CONSUMERS"]
     tiles_per_head = -(-seqlen_q // rows)

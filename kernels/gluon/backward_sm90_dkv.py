@@ -52,10 +52,16 @@ from vllm_accel.kernels.gluon.backward_sm90_parts import (
     product,
     products,
     store_tile,
-    tile_of_turn,
-    turns,
+    turns_of_block,
 )
-from vllm_accel.kernels.gluon.forward_sm90 import as_matrix, extent, partition_barrier, sequence_at, write_zeros
+from vllm_accel.kernels.gluon.forward_sm90 import (
+    as_matrix,
+    extent,
+    partition_barrier,
+    sequence_at,
+    tile_of_turn,
+    write_zeros,
+)
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -130,7 +136,7 @@ def producer(
     n = 0
     used = 0
     ragged = 0  # sequences' ends so far
-    for turn in range(turns(tiles, VARLEN, PERSISTENT)):
+    for turn in range(turns_of_block(tiles, VARLEN, PERSISTENT)):
         batch, key_head, first, first_q, first_k, len_q, _, start, _, blocks = keys_at(
             tile_of_turn(turn, PERSISTENT), tiles, ROWS_OF_BLOCK, CAUSAL, VARLEN
         )
@@ -290,7 +296,7 @@ def consumer(
 ):  # fmt: skip
     n = 0
     used = 0
-    for turn in range(turns(tiles, VARLEN, PERSISTENT)):
+    for turn in range(turns_of_block(tiles, VARLEN, PERSISTENT)):
         work = keys_at(tile_of_turn(turn, PERSISTENT), tiles, BM * 2 if PAIRED else BM, CAUSAL, VARLEN)
         if work[9] > 0:
             n = consume(

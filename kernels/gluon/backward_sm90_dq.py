@@ -40,8 +40,7 @@ from vllm_accel.kernels.gluon.backward_sm90_parts import (
     operand,
     products,
     store_tile,
-    tile_of_turn,
-    turns,
+    turns_of_block,
     wait_for_grid_before,
 )
 from vllm_accel.kernels.gluon.forward_sm90 import (
@@ -50,6 +49,7 @@ from vllm_accel.kernels.gluon.forward_sm90 import (
     masked,
     partition_barrier,
     sequence_at,
+    tile_of_turn,
     write_zeros,
     zero_rows_from,
 )
@@ -98,7 +98,7 @@ def producer(
     Q_SLOTS: gl.constexpr = 2 if PERSISTENT else 1
     begin = 0
     used = 0
-    for turn in range(turns(tiles, VARLEN, PERSISTENT)):
+    for turn in range(turns_of_block(tiles, VARLEN, PERSISTENT)):
         batch, head, first, first_q, first_k, _, _, blocks = rows_at(
             tile_of_turn(turn, PERSISTENT), tiles, BN * HALVES, CAUSAL, VARLEN
         )
@@ -211,7 +211,7 @@ def consumer(
 ):  # fmt: skip
     n = 0
     used = 0
-    for turn in range(turns(tiles, VARLEN, PERSISTENT)):
+    for turn in range(turns_of_block(tiles, VARLEN, PERSISTENT)):
         work = rows_at(tile_of_turn(turn, PERSISTENT), tiles, BN * 2 if PAIRED else BN, CAUSAL, VARLEN)
         if work[7] > 0:
             consume(
@@ -316,8 +316,6 @@ def consume(
         if OVERLAP:
             dq = warpgroup_mma(ds, as_matrix(k_s.index(last % STAGES)), dq, is_async=True)
             dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
-            if PERSISTENT:
-                mbarrier.arrive(empty.index(last % STAGES), count=1)
     dq_out += (batch * seqlen_q + first_q).to(gl.int64) * (num_heads * HEAD_DIM) + head * HEAD_DIM
     store_tile(dq * softmax_scale, q, dq_out, first, len_q, num_heads * HEAD_DIM, D, HEAD_DIM)
     if PERSISTENT:
@@ -345,6 +343,8 @@ def attention_dq(
     `num_heads` counts query heads. `seqlen_q`, `seqlen_k` are the lengths of Q's and K's third dimension. One block for
     each tile of rows of each sequence, packed: for each slot of `sequence_at`. All rows of dq are written.
     """
+    # With Q and dO of two slots in shared memory products' descriptors are not sound by `benchmarks.sass_flow`.
+    gl.static_assert(PAIRED or not PERSISTENT)
     HALVES: gl.constexpr = 2 if PAIRED else 1
     Q_SLOTS: gl.constexpr = 2 if PERSISTENT else 1
     dtype: gl.constexpr = q_desc.dtype

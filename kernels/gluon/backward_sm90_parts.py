@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-from vllm_accel.kernels.gluon.forward_sm90 import partition_barrier
+from vllm_accel.kernels.gluon.forward_sm90 import partition_barrier, turns
 
 ROWS = gl.constexpr(64)  # keys, or query rows, of one consumer: the M of one wgmma
 
@@ -53,26 +53,13 @@ def in_groups(index, tiles, VARLEN: gl.constexpr):
 
 
 @gluon.jit
-def turns(tiles, VARLEN: gl.constexpr, PERSISTENT: gl.constexpr):
-    """Return how many tiles this block of threads works on; one that the compiler knows costs fewer registers."""
-    if PERSISTENT:
-        tiles_per_head, _, num_sequences, num_heads, _, _, _, _ = tiles
-        total = tiles_per_head * num_heads
-        if not VARLEN:
-            total *= num_sequences
-        all = total // gl.num_programs(0)
-        return all + gl.where(tile_of_turn(all, True) < total, 1, 0)
-    else:
-        return 1
-
-
-@gluon.jit
-def tile_of_turn(turn, PERSISTENT: gl.constexpr):
-    """There and back again, since tiles are in the order of their weight."""
-    block = gl.program_id(0)
-    if PERSISTENT:
-        block = gl.where(turn % 2 == 0, block, gl.num_programs(0) - 1 - block) + turn * gl.num_programs(0)
-    return block
+def turns_of_block(tiles, VARLEN: gl.constexpr, PERSISTENT: gl.constexpr):
+    """Return how many tiles this block of threads works on."""
+    tiles_per_head, _, num_sequences, num_heads, _, _, _, _ = tiles
+    total = tiles_per_head * num_heads
+    if not VARLEN:
+        total *= num_sequences
+    return turns(total, PERSISTENT)
 
 
 @gluon.jit

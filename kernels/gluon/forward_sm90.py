@@ -139,13 +139,22 @@ def tile_at(index, tiles, BM: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constex
 
 
 @gluon.jit
-def work_of_block(num_tiles, PERSISTENT: gl.constexpr):
-    """The range of tiles of this block; one that the compiler knows to be one tile costs fewer registers."""
-    first = gl.program_id(0)
+def tile_of_turn(turn, PERSISTENT: gl.constexpr):
+    """Return which tile this block of threads takes next: there and back again, since they are in order of weight."""
+    index = gl.program_id(0)
     if PERSISTENT:
-        return first, num_tiles, gl.num_programs(0)
+        index = gl.where(turn % 2 == 0, index, gl.num_programs(0) - 1 - index) + turn * gl.num_programs(0)
+    return index
+
+
+@gluon.jit
+def turns(total, PERSISTENT: gl.constexpr):
+    """Return how many of all tiles this block takes; one that the compiler knows to be one costs fewer registers."""
+    if PERSISTENT:
+        each = total // gl.num_programs(0)
+        return each + gl.where(tile_of_turn(each, True) < total, 1, 0)
     else:
-        return first, first + 1, 1
+        return 1
 
 
 @gluon.jit
@@ -158,8 +167,8 @@ def producer(
     q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
     used = 0  # K (and V) tiles copied so far
     work = 0  # tiles of queries so far
-    first, end, stride = work_of_block(tiles[0], PERSISTENT)
-    for index in range(first, end, stride):
+    for turn in range(turns(tiles[0], PERSISTENT)):
+        index = tile_of_turn(turn, PERSISTENT)
         batch, head, start, first_q, first_k, _, _, blocks = tile_at(index, tiles, BM, BN, CAUSAL, VARLEN)
         key_head = head // queries_per_key_head
         if blocks > 0:
@@ -302,7 +311,7 @@ def consumer(
     c, shared, results, tiles, scale,
     CONSUMERS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     Q_SLOTS: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr, OVERLAP: gl.constexpr,
-    PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr,
+    PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = CONSUMERS * ROWS
     q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
@@ -323,8 +332,8 @@ def consumer(
     local_rows = gl.arange(0, ROWS, S_ROWS)
     used = 0
     work = 0
-    first, end, stride = work_of_block(tiles[0], PERSISTENT)
-    for index in range(first, end, stride):
+    for turn in range(turns(tiles[0], PERSISTENT)):
+        index = tile_of_turn(turn, PERSISTENT)
         batch, head, start, first_q, _, len_q, len_k, blocks = tile_at(index, tiles, BM, BN, CAUSAL, VARLEN)
         start += c * ROWS
         if blocks > 0:
@@ -336,13 +345,17 @@ def consumer(
                 limit = gl.minimum(limit, local_rows + (start + 1 + len_k - len_q))
             free = gl.maximum(free, 0) // BN if CAUSAL else blocks
             q_index = (work % Q_SLOTS) * CONSUMERS + c
-            q = as_matrix(q_s.index(q_index))
+            q_tile = as_matrix(q_s.index(q_index))
             m = gl.full([ROWS], float("-inf"), gl.float32, S_ROWS)
             l = gl.full([ROWS], 0.0, gl.float32, S_ROWS)
             acc = gl.zeros([ROWS, D], gl.float32, O)
 
             # The first block, masked.
             mbarrier.wait(q_full.index(q_index), (work // Q_SLOTS) & 1)
+            if HELD:
+                q = q_tile.load(gl.DotOperandLayout(0, S, 2))
+            else:
+                q = q_tile
             mbarrier.wait(k_full.index(used % STAGES), (used // STAGES) & 1)
             s_token = scores(q, k_s, used % STAGES, BN, S)
             s = warpgroup_mma_wait(0, deps=[s_token])
@@ -383,9 +396,9 @@ def consumer(
             empty = gl.convert_layout(none, O_ROWS, assert_trivial=True)
             result = gl.where(empty[:, None], 0.0, acc * inverse[:, None]).to(dtype)
             partition_barrier()
-            q.store(result)
+            q_tile.store(result)
             partition_barrier()
-            result = q.load(COPY)
+            result = q_tile.load(COPY)
             rows = gl.arange(0, ROWS, C_ROWS)
             dims = gl.arange(0, D, gl.SliceLayout(0, COPY))
             mask = (rows < len_q - start)[:, None]
@@ -424,7 +437,7 @@ def attention_forward(
     num_heads, queries_per_key_head, heads_together, tiles_per_head, num_tiles,
     CONSUMERS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     Q_SLOTS: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr, OVERLAP: gl.constexpr,
-    PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr, HELD: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are over (B, heads, S, D) with blocks (1, 1, 64 or BN, D); packed tensors have B = 1.
@@ -468,9 +481,9 @@ def attention_forward(
         gl.warp_specialize(
             [
                 (consumer, (0, shared, results, tiles, scale, CONSUMERS, BN, D, HEAD_DIM, STAGES, Q_SLOTS, CAUSAL,
-                            VARLEN, OVERLAP, PINGPONG, PERSISTENT)),
+                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD)),
                 (consumer, (1, shared, results, tiles, scale, CONSUMERS, BN, D, HEAD_DIM, STAGES, Q_SLOTS, CAUSAL,
-                            VARLEN, OVERLAP, PINGPONG, PERSISTENT)),
+                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD)),
                 (producer, (q_desc, k_desc, v_desc, shared, tiles, queries_per_key_head, CONSUMERS, BN, D, STAGES,
                             Q_SLOTS, CAUSAL, VARLEN, PERSISTENT)),
             ],
@@ -481,11 +494,11 @@ def attention_forward(
         gl.warp_specialize(
             [
                 (consumer, (0, shared, results, tiles, scale, CONSUMERS, BN, D, HEAD_DIM, STAGES, Q_SLOTS, CAUSAL,
-                            VARLEN, OVERLAP, PINGPONG, PERSISTENT)),
+                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD)),
                 (consumer, (1, shared, results, tiles, scale, CONSUMERS, BN, D, HEAD_DIM, STAGES, Q_SLOTS, CAUSAL,
-                            VARLEN, OVERLAP, PINGPONG, PERSISTENT)),
+                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD)),
                 (consumer, (2, shared, results, tiles, scale, CONSUMERS, BN, D, HEAD_DIM, STAGES, Q_SLOTS, CAUSAL,
-                            VARLEN, OVERLAP, PINGPONG, PERSISTENT)),
+                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD)),
                 (producer, (q_desc, k_desc, v_desc, shared, tiles, queries_per_key_head, CONSUMERS, BN, D, STAGES,
                             Q_SLOTS, CAUSAL, VARLEN, PERSISTENT)),
             ],

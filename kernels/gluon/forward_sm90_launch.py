@@ -25,13 +25,15 @@ class Variant(NamedTuple):
 
     Attributes:
         bn: keys of a block. stages: slots of the K ring and of the V ring. q_slots: Q tiles held by a consumer.
-        overlap: softmax under the second product. pingpong: consumers take turns. persistent: as many blocks as
-            multiprocessors, each with many tiles. consumer_registers, producer_registers: per thread.
+        held: whether Q is in registers. overlap: softmax under the second product. pingpong: consumers take turns.
+        persistent: dense calls: as many blocks as multiprocessors, each with many tiles.
+        consumer_registers, producer_registers: per thread.
     """
 
     bn: int
     stages: int = 2
     q_slots: int = 1
+    held: bool = False
     overlap: bool = True
     pingpong: bool = False
     persistent: bool = False
@@ -41,13 +43,16 @@ class Variant(NamedTuple):
 
     def conservative(self) -> Variant:
         """Return the variant with nothing asynchronous but the copies: if the others are wrong, is this one right?"""
-        return self._replace(overlap=False, pingpong=False, persistent=False, q_slots=1)
+        return self._replace(held=False, overlap=False, pingpong=False, persistent=False, q_slots=1)
 
 
 #: By tile of the head size. D = 256 fits in 227 KiB with BN = 64 only, and 3 stages of D = 128 with one Q slot only.
-#: The fastest of four or five on an H200 (Triton 3.6.0, python -m benchmarks.gpu_triton, 2026-11-27) but for persistent
-#: blocks at D = 64, whose results were checked on small calls only; NOTES.md has all.
-VARIANTS = {64: Variant(bn=128, stages=3), 128: Variant(bn=128), 256: Variant(bn=64)}
+#: The fastest of those that an H200 ran (Triton 3.6.0, 2026-11-27; D = 64 2026-11-30); NOTES.md has all.
+VARIANTS = {
+    64: Variant(bn=128, stages=3, q_slots=2, held=True, persistent=True),
+    128: Variant(bn=128),
+    256: Variant(bn=64),
+}
 
 
 def tile_dim(head_dim: int, head_dim_v: int) -> int:
@@ -128,7 +133,9 @@ def forward_launch(
     num_tiles = tiles_per_head * heads
     bytes_per_head = max(1, max_seqlen_k) * 2 * tile * q.element_size()
     heads_together = min(max(1, L2_SHARE // bytes_per_head) * group, heads)
-    grid = min(num_tiles, sm_count) if variant.persistent else num_tiles
+    # Packed lengths may be anything: tiles that are dealt out by their number would be shared out badly.
+    persistent = variant.persistent and not varlen
+    grid = min(num_tiles, sm_count) if persistent else num_tiles
     return Launch(
         fn=attention_forward,
         grid=(grid, 1, 1),
@@ -140,7 +147,8 @@ def forward_launch(
         constexprs={
             "CONSUMERS": variant.consumers, "BN": variant.bn, "D": tile, "HEAD_DIM": head_dim_v,
             "STAGES": variant.stages, "Q_SLOTS": variant.q_slots, "CAUSAL": causal, "VARLEN": varlen,
-            "OVERLAP": variant.overlap, "PINGPONG": variant.pingpong, "PERSISTENT": variant.persistent,
+            "OVERLAP": variant.overlap, "PINGPONG": variant.pingpong, "PERSISTENT": persistent,
+            "HELD": variant.held,
             "CONSUMER_REGISTERS": variant.consumer_registers, "PRODUCER_REGISTERS": variant.producer_registers,
         },
         num_warps=4,

@@ -6,7 +6,7 @@ probability.
 
 One program computes the delta of BLOCK rows of one head. Layouts: out (B, S, H, Dv) contiguous, dout any strides with
 the innermost 1, lse, dlse and delta fp32 (B, H, S) contiguous. A packed call is one sequence of all tokens here: rows
-past the last sequence get a delta that nobody reads. Tiles: 64 rows, 1024 of a sink's sum; no table.
+past the last sequence get a delta that nobody reads. Tiles: 16 rows, 1024 of a sink's sum; no table.
 """
 
 import triton
@@ -20,7 +20,11 @@ def delta_kernel(
     dout_stride_b, dout_stride_s, dout_stride_h, tokens, tiles, heads,
     HEAD_DIM_V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
-    tile, head, batch = tile_ops.program(tiles, heads, False)
+    # Heads next to each other, as they are in memory.
+    index = tl.program_id(0)
+    head = index % heads
+    tile = index // heads % tiles
+    batch = (index // (heads * tiles)).to(tl.int64)
     first = tile.to(tl.int64) * BLOCK
     rows = tl.arange(0, BLOCK)
     left = (tokens - first).to(tl.int32)

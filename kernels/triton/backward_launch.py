@@ -17,7 +17,7 @@ from vllm_accel.kernels.triton.tiles import Tile
 #: Programs that share the walk of a small, widely broadcast bias: two for each of the 132 multiprocessors of an H100.
 #: The same everywhere, so that the bits do not depend on the GPU's size. Compiled, not timed.
 _BIAS_PROGRAMS = 264
-_DELTA_ROWS = 64
+_DELTA_ROWS = 16
 _SINKS_ROWS = 1024
 
 
@@ -78,7 +78,7 @@ def row_delta_launch(out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tens
             "HEAD_DIM_V": head_dim_v, "BLOCK": _DELTA_ROWS, "BLOCK_DV": block_of(head_dim_v),
             "WIDE": _is_wide(_DELTA_ROWS, out, dout), "DLSE": dlse is not None,
         },
-        num_warps=4,
+        num_warps=max(1, block_of(head_dim_v) // 128),
         num_stages=1,
     )  # fmt: skip
 
