@@ -178,7 +178,7 @@ class Machine:
             own = source.with_name(f"{module}.py")
             defined = self._define(own if own.exists() else KERNELS / own.name)
             namespace |= {name: defined[name] for name in re.findall(r"\w+", names)}
-        text = re.sub(r"^from triton.*?(?=^\w+ = gl\.)", "", text, count=1, flags=re.MULTILINE | re.DOTALL)
+        text = re.sub(r"^from [^\n(]+(\([^)]*\))?\n", "\n", text, flags=re.MULTILINE)
         exec(compile(text.replace(".to(gl.int64)", ""), str(source), "exec"), namespace)
         # These are inline assembly; there is no grid before or after.
         namespace.update(

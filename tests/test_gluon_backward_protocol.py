@@ -230,15 +230,15 @@ def test_tiles_are_a_permutation_whatever_heads_go_together(together):
         ("dq", 'highest == float("-inf")', "highest > float('inf')"),
         ("dq", "gl.maximum(visible, 1)", "visible"),
         ("parts", "(rows < length - row)", "(rows <= length - row)"),
-        ("forward", "gl.num_programs(0) - 1 - index", "gl.num_programs(0) - index"),
-        ("forward", "< total, 1, 0)", "<= total, 1, 0)"),
+        ("tiles", "gl.num_programs(0) - 1 - index", "gl.num_programs(0) - index"),
+        ("tiles", "< total, 1, 0)", "<= total, 1, 0)"),
         ("parts", "total *= num_sequences", "pass"),
     ],
 )  # fmt: skip
 def test_a_broken_kernel_is_noticed(tmp_path, kind, old, new):
     """The interpreter itself: each of these would hang, race or be wrong on a GPU."""
     sources = {"dkv": DKV, "dq": DQ, "parts": DKV.with_name("backward_sm90_parts.py")}
-    sources["forward"] = DKV.with_name("forward_sm90.py")
+    sources["tiles"] = DKV.with_name("tiles_sm90.py")
     copies = {name: tmp_path / source.name for name, source in sources.items()}
     for name, source in sources.items():
         text = source.read_text()

@@ -45,7 +45,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from vllm_accel.kernels.gluon.backward_sm90_parts import (
-    ROWS,
     in_groups,
     let_next_grid_start,
     operand,
@@ -59,9 +58,9 @@ from vllm_accel.kernels.gluon.forward_sm90 import (
     extent,
     partition_barrier,
     sequence_at,
-    tile_of_turn,
     write_zeros,
 )
+from vllm_accel.kernels.gluon.tiles_sm90 import ROWS, tile_of_turn
 
 LOG2E = gl.constexpr(1.4426950408889634)
 

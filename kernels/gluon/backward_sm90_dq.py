@@ -35,7 +35,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from vllm_accel.kernels.gluon.backward_sm90_parts import (
-    ROWS,
     in_groups,
     operand,
     products,
@@ -49,10 +48,10 @@ from vllm_accel.kernels.gluon.forward_sm90 import (
     masked,
     partition_barrier,
     sequence_at,
-    tile_of_turn,
     write_zeros,
     zero_rows_from,
 )
+from vllm_accel.kernels.gluon.tiles_sm90 import ROWS, tile_of_turn
 
 LOG2E = gl.constexpr(1.4426950408889634)
 

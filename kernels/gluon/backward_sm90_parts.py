@@ -1,8 +1,7 @@
 """What the two kernels of the backward pass for Hopper share: tiles, their order, products, and one grid after another.
 
-A block of threads owns one tile, or with PERSISTENT as many as there are for each multiprocessor: what a tile begins
-and ends with then runs under the products of another. The dQ kernel starts as soon as the last blocks of the dK and dV
-kernel have: it reads nothing of theirs, and takes the multiprocessors that they leave.
+The dQ kernel starts as soon as the last blocks of the dK and dV kernel have: it reads nothing of theirs, and takes the
+multiprocessors that they leave.
 """
 
 from triton.experimental import gluon
@@ -11,9 +10,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-from vllm_accel.kernels.gluon.forward_sm90 import partition_barrier, turns
-
-ROWS = gl.constexpr(64)  # keys, or query rows, of one consumer: the M of one wgmma
+from vllm_accel.kernels.gluon.forward_sm90 import partition_barrier
+from vllm_accel.kernels.gluon.tiles_sm90 import ROWS, turns
 
 
 @gluon.jit

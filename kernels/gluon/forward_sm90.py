@@ -35,9 +35,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from vllm_accel.kernels.gluon.tiles_sm90 import ROWS, tile_of_turn, turns
+
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-ROWS = gl.constexpr(64)  # query rows of one consumer: the M of one wgmma
 FIRST_NAMED_BARRIER = gl.constexpr(8)  # Triton takes 0 and one or two per partition, hardware has 16
 CONSUMERS_BARRIER = gl.constexpr(10)  # after the two that take turns
 
@@ -136,25 +137,6 @@ def tile_at(index, tiles, BM: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constex
         blocks = gl.where(is_none | (start >= len_q), 0, blocks)
         len_q = gl.where(is_none, gl.minimum(start + rows, len_q), len_q)
     return batch, head, start, first_q, first_k, len_q, len_k, blocks
-
-
-@gluon.jit
-def tile_of_turn(turn, PERSISTENT: gl.constexpr):
-    """Return which tile this block of threads takes next: there and back again, since they are in order of weight."""
-    index = gl.program_id(0)
-    if PERSISTENT:
-        index = gl.where(turn % 2 == 0, index, gl.num_programs(0) - 1 - index) + turn * gl.num_programs(0)
-    return index
-
-
-@gluon.jit
-def turns(total, PERSISTENT: gl.constexpr):
-    """Return how many of all tiles this block takes; one that the compiler knows to be one costs fewer registers."""
-    if PERSISTENT:
-        each = total // gl.num_programs(0)
-        return each + gl.where(tile_of_turn(each, True) < total, 1, 0)
-    else:
-        return 1
 
 
 @gluon.jit
