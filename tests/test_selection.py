@@ -228,6 +228,22 @@ def test_a_decode_on_hopper_takes_the_kernel_that_shares_out_the_keys() -> None:
     assert shipped_order("attention", PRESETS["h200"], invariant) == shipped_order("attention", PRESETS["h200"])
 
 
+def test_others_on_hopper_go_behind_ours_where_these_are_faster() -> None:
+    def before(name: str, seqlen_q: int, features: Feature = Feature.CAUSAL, device: str = "h200") -> tuple[bool, bool]:
+        spec = replace(spec_of(seqlen_q, 4096), head_dim=128, head_dim_v=128, features=features)
+        order = shipped_order("attention", PRESETS[device], spec)
+        assert sorted(order) == sorted(shipped_order("attention", PRESETS[device]))
+        return order.index(name) < order.index("triton"), order.index(name) < order.index("gluon_hopper")
+
+    for name in ("flash_attn_4", "flashinfer", "tensorrt_llm"):
+        assert before(name, 4096) == before(name, 4096, Feature.PAGED) == (True, True)
+        assert before(name, 1)[0] is before(name, 8, Feature.PAGED)[0] is False
+        assert before(name, 1, device="b200") == before(name, 4096, Feature.VARLEN, "b200") == (True, True)
+        assert before(name, 1, Feature.BATCH_INVARIANT) == (True, True)  # no choice may depend on lengths
+    assert before("flash_attn_3", 1) == before("flash_attn_3", 1, Feature.VARLEN) == (True, True)
+    assert before("flash_attn_4", 4096, Feature.VARLEN) == before("flash_attn_4", 1, Feature.VARLEN) == (True, False)
+
+
 def test_small_heads_on_hopper_take_the_smaller_tiles_unless_they_are_trained() -> None:
     def first(head_dim: int, grad: bool) -> str:
         spec = replace(spec_of(4096, 4096), head_dim=head_dim, head_dim_v=head_dim)

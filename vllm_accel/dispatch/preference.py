@@ -36,15 +36,21 @@ _ATTENTION: dict[str, tuple[str, ...]] = {
     "other": ("reference",),
 }  # fmt: skip
 
-#: Queries a sequence up to which `gluon_hopper` goes behind `triton`: one query fills a 64th of its tile and nothing
+#: Queries a sequence up to which `gluon_hopper` goes behind `triton`, but for packed calls, whose keys neither shares
+#: out (0.66 of its time in benchmarks/results/h200/attention.json): one query fills a 64th of its tile and nothing
 #: shares out the keys. 2.0 to 6.8 times the device's time on an H200 (bf16, 1 to 64 sequences of 8k and 32k keys,
 #: vllm_accel/data/tables/nvidia_h200.json).
 _FEW_QUERIES = 8
 
-#: Head sizes up to which a forward pass takes `triton` before `gluon_hopper`: its programs are smaller (64 rows,
-#: several a multiprocessor), so that less is left to wait for at the end. 0.56 to 0.97 of the time in the eight calls
-#: of head size 64, without a mask, in benchmarks/results/h200/selection_20261127.json (2026-11-30).
+#: Head sizes up to which a forward pass takes `triton` before `gluon_hopper`: 0.95 to 1.11 of its time in the six calls
+#: of head size 64, without a mask, in benchmarks/results/h200/selection.json (2026-11-30), half of it where there is
+#: little to do; and its first call is there sooner.
 _NARROW = 64
+#: What goes behind `triton` on Hopper for decodes. Over pages these took 1.05 to 1.5 times its time with 16 and 32
+#: sequences, and 2.3 to 7 times with one (benchmarks/results/h200/attention.json, 2026-11-30).
+_SLOWER_DECODES = ("tensorrt_llm", "flashinfer", "flash_attn_4")
+#: On Hopper `flash_attn_4` goes behind `gluon_hopper` for packed calls: 1.2 to 1.5 times its time in that file.
+
 #: `cublas` has no groups that leave the host alone. Our Triton kernel is before PyTorch's: it takes every form, scaling
 #: and stride without a copy, at 0.97 to 1.40 times the speed of torch._grouped_mm on an H200
 #: (docs/gemm_kernels.md).
@@ -77,8 +83,8 @@ def shipped_order(op: str, device: Device, spec: Any = None) -> tuple[str, ...]:
 
     With a spec the order is that of its kind of call: `cpu` goes behind PyTorch's kernel where that alone has a matrix
     unit (`kernels.cpu.outrun`), `gluon_hopper` behind `triton` for decodes (`_FEW_QUERIES`) and small heads
-    (`_NARROW`), `cutlass` before `triton` for groups in FP8 by blocks (`_FEW_ROWS`). Not with batch_invariant: no
-    choice may depend on lengths then.
+    (`_NARROW`), others on Hopper behind ours for decodes (`_SLOWER_DECODES`) and packed calls, `cutlass` before
+    `triton` for groups in FP8 by blocks (`_FEW_ROWS`). Not with batch_invariant: no choice may depend on lengths then.
     """
     if op == "gemm":
         order = _GEMM_CPU if device.type == "cpu" else _GEMM
@@ -93,8 +99,14 @@ def shipped_order(op: str, device: Device, spec: Any = None) -> tuple[str, ...]:
         from vllm_accel.kernels.cpu import outrun  # `import vllm_accel` loads no kernels
 
         return _behind("cpu", "sdpa_cpu", order) if outrun(spec) else order
-    short = spec.seqlen_q <= _FEW_QUERIES
+    packed = Feature.VARLEN in spec.features
+    short = spec.seqlen_q <= _FEW_QUERIES and not packed
     narrow = max(spec.head_dim, spec.head_dim_v) <= _NARROW and Feature.GRAD not in spec.features
+    if device_class(device) == "hopper" and packed:
+        order = _behind("flash_attn_4", "gluon_hopper", order)
+    if device_class(device) == "hopper" and short:
+        for name in _SLOWER_DECODES:
+            order = _behind(name, "triton", order)
     return _behind("gluon_hopper", "triton", order) if short or narrow else order
 
 
