@@ -88,9 +88,15 @@ def assert_good(launch: Launch, arch: str, blocks: int = 1, spills: int = 0) -> 
         assert spills_between_products(compiled) <= spills, str(compiled)
 
 
-#: 64 latent rows on Hopper: the tile that spills is the fastest all the same (181 us for 128 heads, 32 x 4096 tokens;
-#: the next ones, which do not or hardly, 210 and 250 us: `benchmarks/results/h200/triton_tiles_mla.json`).
-MLA_SPILLS = {("sm_90", "m64"): 50, ("sm_90", "prefill"): 50}
+#: What tiles spill that are taken all the same, by architecture, height and kind. 64 latent rows on Hopper: the tile
+#: that spills is the fastest (181 us for 128 heads, 32 x 4096 tokens; the next ones, which do not or hardly, 210 and
+#: 250 us: `benchmarks/results/h200/triton_tiles_mla.json`), so wide heads keep 64 rows there too, which is not timed.
+#: Wide heads in fp32 on Ampere: no tile of those that were tried spills less.
+SPILLED: dict[tuple[str, str, Any], int] = {
+    ("sm_90", "m64", "mla"): 50, ("sm_90", "prefill", "mla"): 50,
+    ("sm_90", "m64", (256, E4M3)): 50, ("sm_90", "m64", (512, BF16)): 50,
+    ("sm_80", "m32", (256, torch.float32)): 20, ("sm_80", "m64", (256, torch.float32)): 20,
+}  # fmt: skip
 
 
 #: An FP8 cache where e4m3 is decoded by hand, by the chip, and on AMD; the rest with the slow tests.
@@ -192,14 +198,15 @@ def test_mla_fits(arch: str) -> None:
 def test_every_tile_fits(arch: str, height: str, kind: Any) -> None:
     if isinstance(kind, str):
         launch, _ = launch_of(arch, height, mla=True, kv_dtype=E4M3 if "e4m3" in kind else BF16)
-        assert_good(launch, arch, spills=MLA_SPILLS.get((arch, height), 0))
+        assert_good(launch, arch, spills=SPILLED.get((arch, height, kind), 0))
         return
     head_dim, dtype = kind
+    spills = SPILLED.get((arch, height, kind), 0)
     if dtype is torch.float32:
         compiled = compile_launch(launch_of(arch, height, head_dim, dtype)[0], arch)
-        assert_fits(compiled, arch, tensor_cores=False)
+        assert_fits(compiled, arch, tensor_cores=False, max_spills=spills)
         return
-    assert_good(launch_of(arch, height, head_dim, kv_dtype=dtype)[0], arch)
+    assert_good(launch_of(arch, height, head_dim, kv_dtype=dtype)[0], arch, spills=spills)
 
 
 def test_every_option_at_once_compiles() -> None:
