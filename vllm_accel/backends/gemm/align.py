@@ -49,13 +49,18 @@ def padded(t: Tensor, rows: int, columns: int) -> Tensor:
     return torch.nn.functional.pad(t, (0, add[0], 0, add[1]))
 
 
-def even_k(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Fill an odd K up with zeros, for 16-bit products on a CPU.
+#: Numbers of 16 bits in one row of an AMX tile.
+_TILE_ROW = 32
 
-    With AMX oneDNN reads pairs, so one element past an odd row of a, and multiplies it by zero: a NaN there, of the
-    next row or of what a view leaves out, becomes a NaN of this row (torch 2.13, bf16, 17 rows and more, 2026-11-30).
+
+def whole_k(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill K up with zeros to whole rows of AMX tiles, for 16-bit products on a CPU.
+
+    With AMX oneDNN reads past the end of a row of a where K is no multiple of 32 (not in every such case), and
+    multiplies what it finds by zero: a NaN there, of the next row, of what a view leaves out or of memory that nobody
+    wrote, becomes a NaN of this row (torch 2.13, bf16, 17 rows and more, K = 17 and 34 among others, 2026-11-30).
     """
-    return (padded(a, 1, 2), padded(b, 2, 1)) if a.shape[-1] % 2 else (a, b)
+    return (padded(a, 1, _TILE_ROW), padded(b, _TILE_ROW, 1)) if a.shape[-1] % _TILE_ROW else (a, b)
 
 
 def copies(spec: GemmSpec, sizes: GemmSizes, *, a_rows: bool | None = None, b_rows: bool | None = None) -> str | None:

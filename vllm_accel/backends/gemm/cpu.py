@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_accel.backends.gemm.align import BYTES, even_k
+from vllm_accel.backends.gemm.align import BYTES, whole_k
 from vllm_accel.backends.gemm.groups import by_group, spread
 from vllm_accel.backends.gemm.moe import bind_moe, with_moe
 from vllm_accel.backends.gemm.products import FloatProducts, ScaledProducts, zeros_of
@@ -83,7 +83,7 @@ class NativeProducts:
 
     def __init__(self, spec: GemmSpec) -> None:
         self._form, self._plain = spec.form, FloatProducts(spec)
-        self._pairs = spec.dtype.itemsize == 2 and spec.form is not Form.GROUPED_K
+        self._whole = spec.dtype.itemsize == 2 and spec.form is not Form.GROUPED_K
         few = 2 <= spec.m // max(1, spec.groups) <= _FEW
         large = spec.k * spec.n >= _LARGE and spec.layout_b is Layout.COLUMN
         self._turns = few and large and spec.dtype is torch.bfloat16 and multiplies_halves(spec.dtype)
@@ -93,8 +93,8 @@ class NativeProducts:
     def forward(self, a: Tensor, b: Tensor, args: GemmArgs) -> Tensor:
         """Return the product."""
         form = self._form
-        if self._pairs:
-            a, b = even_k(a, b)
+        if self._whole:
+            a, b = whole_k(a, b)
         if args.bias is None:
             if self._in_torch and args.offs is not None and _strides_fit(a) and _strides_fit(b):
                 return self._grouped(a, b, args.offs, args.full)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_accel.backends.gemm.align import column_major, copies, either_major, even_k, padded, row_major
+from vllm_accel.backends.gemm.align import column_major, copies, either_major, padded, row_major, whole_k
 from vllm_accel.backends.gemm.groups import add_group_bias, zero_past_end
 from vllm_accel.backends.gemm.moe import bind_moe, with_moe
 from vllm_accel.dispatch.backend import GemmArgs, TorchBackend
@@ -136,7 +136,7 @@ class TorchGroupedKernel:
             offs = offs if args.full else offs.clamp(0, rows).cummax(0).values.to(torch.int32)
             args = args._replace(offs=offs)
         if a.device.type == "cpu" and a.dtype.itemsize == 2 and form is not Form.GROUPED_K:
-            a, b = even_k(a, b)
+            a, b = whole_k(a, b)
         if spec.scaling_a is not Scaling.NONE:
             out = self._scaled(a, b, offs, args)
         else:
