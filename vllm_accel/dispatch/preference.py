@@ -43,11 +43,11 @@ _ATTENTION: dict[str, tuple[str, ...]] = {
 _FEW_QUERIES = 8
 
 #: Head sizes up to which a forward pass takes `triton` before `gluon_hopper`: 0.95 to 1.11 of its time in the six calls
-#: of head size 64, without a mask, in benchmarks/results/h200/selection.json (2026-11-30), half of it where there is
-#: little to do; and its first call is there sooner.
+#: of head size 64, without a mask, in benchmarks/results/h200/selection.json (2026-11-30), 0.55 to 0.57 in
+#: the three tuned points of up to 1024 tokens; and its first call is there sooner.
 _NARROW = 64
 #: What goes behind `triton` on Hopper for decodes. Over pages these took 1.05 to 1.5 times its time with 16 and 32
-#: sequences, and 2.3 to 7 times with one (benchmarks/results/h200/attention.json, 2026-11-30).
+#: sequences, and 2.2 to 7 times with one (benchmarks/results/h200/attention.json, 2026-11-30).
 _SLOWER_DECODES = ("tensorrt_llm", "flashinfer", "flash_attn_4")
 #: On Hopper `flash_attn_4` goes behind `gluon_hopper` for packed calls: 1.2 to 1.5 times its time in that file.
 
