@@ -10,6 +10,7 @@ call where either regret is over the bound of the worst is measured again, twice
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -27,16 +28,19 @@ from benchmarks import machine, selection_shapes
 from vllm_accel import State, reload_settings
 from vllm_accel.cli.tune import BROKEN_CONTEXT, budget
 from vllm_accel.dispatch import measured
-from vllm_accel.dispatch.device import detect
+from vllm_accel.dispatch.device import Device, detect
 from vllm_accel.dispatch.preference import shipped_order
 from vllm_accel.dispatch.selection import Selection
 from vllm_accel.dispatch.table_file import Timing
+from vllm_accel.tuning import build, tune
 from vllm_accel.tuning.attention import AttentionProblem
 from vllm_accel.tuning.timing import text_of
 from vllm_accel.tuning.trial import measure
 
 #: Layers that meet a new length together: the cost of one is shared by them.
 LAYERS = 32
+#: Compiling for the calls of a run, by several processes, may take this long.
+BUILD_SECONDS = 120.0
 MOST_MEAN, MOST_WORST, LEAST_CONTESTED = 1.02, 1.15, 0.25
 
 
@@ -48,6 +52,7 @@ class Case:
         name, call: of the problem. chosen, fixed, best: automatic choice, the shipped order's first, the fastest.
         decided_by: what made the choice. costs: seconds of every eligible backend, a new length included.
         estimates: what the table expected. noise: of the measurements. warmed: held back until built here.
+        device, host: seconds of the two parts of `costs`, where they were timed apart.
         regret, fixed_regret: over the best, 1 within the noise. error: why there is nothing.
         before: the regret of a first measurement, if that was over the bound of the worst and all was measured again.
     """
@@ -61,6 +66,8 @@ class Case:
     costs: dict[str, float] = field(default_factory=dict)
     estimates: dict[str, float] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)
+    device: dict[str, float] = field(default_factory=dict)
+    host: dict[str, float] = field(default_factory=dict)
     held_back: dict[str, float] = field(default_factory=dict)
     warmed: tuple[str, ...] = ()
     regret: float = math.nan
@@ -117,6 +124,8 @@ def _compare(case: Case, selection: Selection, times: Any, varies: bool) -> None
     case.held_back = {name: cost(timing, varies) for name, timing in times.items() if name not in found}
     case.estimates = {c.name: c.estimate.seconds for c in selection.candidates if c.estimate and c.estimate.rows}
     case.noise = {name: timing.noise for name, timing in found.items()}
+    case.device = {name: timing.cold for name, timing in found.items() if timing.cold is not None}
+    case.host = {name: timing.host for name, timing in found.items() if timing.host is not None}
     case.fixed, case.best = order[0], min(case.costs, key=lambda name: case.costs[name])
     case.regret, case.fixed_regret = (_regret(case, name) for name in (case.chosen, case.fixed))
 
@@ -234,9 +243,11 @@ def _run(given: argparse.Namespace, device: torch.device, seconds: float) -> int
     facts = machine.about("benchmarks.selection", device)
     sources = [str(source) for source in measured.sources(where)]
     print(machine.describe(facts), f"tables: {', '.join(sources) or 'none'}", "", sep="\n", flush=True)
+    problems = list(itertools.islice(selection_shapes.unseen(where, given.seed), given.count))
+    _build(problems, device, where)
     end, cases = time.monotonic() + seconds, list[Case]()
-    for problem in selection_shapes.unseen(where, given.seed):
-        if len(cases) >= given.count or (cases and time.monotonic() > end):
+    for problem in problems:
+        if cases and time.monotonic() > end:
             break
         cases.append(examine(problem, device, given.rounds))
         print(say(cases[-1]), flush=True)
@@ -247,6 +258,14 @@ def _run(given: argparse.Namespace, device: torch.device, seconds: float) -> int
     if warning := machine.busy(before, torch.get_num_threads()):
         print(f"warning: {warning}")
     return 1 if verdict.complaints else 0
+
+
+def _build(problems: Sequence[AttentionProblem], device: torch.device, where: Device) -> None:
+    """Compile what the calls need by several processes at once; what fails here fails again where it is measured."""
+    tasks = tune.compiling((("attention", problem) for problem in problems), where)
+    if tasks:
+        print(f"compiling {len(tasks)} kinds of kernels", flush=True)
+        build.run(tasks, device, BUILD_SECONDS)
 
 
 def _write(path: Path, facts: dict[str, Any], seed: int, sources: list[str], cases: list[Case]) -> None:

@@ -17,7 +17,7 @@ from tables import CPU, Toy, choice, row, spec_of, table, write
 from vllm_accel import State, register_backend, reload_settings
 from vllm_accel.dispatch import cost, estimate, measured, quarantine, registry
 from vllm_accel.dispatch import settings as settings_module
-from vllm_accel.dispatch.cost import Fit, fitted, work_of
+from vllm_accel.dispatch.cost import Fit, fitted, middle, work_of
 from vllm_accel.dispatch.device import detect, preset
 from vllm_accel.dispatch.gemm_spec import Form, GemmSpec, Scaling
 from vllm_accel.dispatch.spec import Feature
@@ -116,9 +116,12 @@ def test_interpolation_follows_work_that_grows_by_the_square() -> None:
     fit = Fit(2e-5, 1e-11, 0.0)
     specs = [spec_of(n) for n in (128, 512)]
     # A backend at 1.5 times its model everywhere: so it should be in between.
-    rows = [row(spec, toy=1.5 * fit.seconds(spec)) for spec in specs]
+    rows = [row(spec, toy=1.5 * fit.seconds(middle(spec))) for spec in specs]
+    # A kind is expected in the middle of its lengths: 256 to 319.
+    wanted = replace(spec_of(256), seqlen_q=286, seqlen_k=286)
+    assert middle(spec_of(256)) == wanted
     found = estimate.estimates(spec_of(256), rows, {"toy": fit}, cost.CPU)["toy"]
-    assert found.seconds == pytest.approx(1.5 * fit.seconds(spec_of(256)), rel=1e-9) and found.rows == 2
+    assert found.seconds == pytest.approx(1.5 * fit.seconds(wanted), rel=1e-9) and found.rows == 2
     # Without a model of its own, that of the device.
     flat = estimate.estimates(spec_of(256), rows, {}, Fit(1.0, 0.0, 0.0))["toy"]
     assert flat.seconds == pytest.approx(math.sqrt(rows[0].times["toy"].seconds * rows[1].times["toy"].seconds))
@@ -155,14 +158,71 @@ def test_the_model_is_recovered_from_times_that_obey_it() -> None:
     assert falling is not None and min(falling.fixed, falling.per_operation, falling.per_byte) >= 0.0
 
 
+@pytest.mark.parametrize(("n", "below", "above"), [
+    (1, 1, 1), (7, 7, 7), (8, 8, 8), (10, 9, 10), (2048, 1916, 2289), (4096, 3832, 4579), (5120, 4580, 5608),
+])  # fmt: skip
+def test_the_middle_of_a_kind(n: int, below: int, above: int) -> None:
+    """Lengths are named by the lower end of their quarter octave, over a paged cache by the upper one."""
+    dense = spec_of(n, n, batch=n)
+    assert middle(dense) == replace(dense, batch=above, seqlen_q=above, seqlen_k=above)
+    paged = replace(dense, block_size=16)
+    assert middle(paged) == replace(paged, batch=above, seqlen_q=below, seqlen_k=below)
+    product = GemmSpec(Form.DENSE, torch.bfloat16, torch.bfloat16, torch.bfloat16, 64, 128, 256, 0, Feature(0))
+    assert middle(product) is product
+
+
+def test_a_time_is_moved_from_where_it_was_taken_to_the_middle_of_the_kind() -> None:
+    """The device's part only: what the host takes does not grow with the lengths."""
+    fit, spec = Fit(0.0, 1e-11, 0.0), spec_of(2048)
+
+    def at(n: int, **more: Any) -> Timing:
+        device = fit.seconds(replace(spec, seqlen_q=n, seqlen_k=n))
+        return Timing(max(device, more.get("host", 0.0)), 0.01, at=(1, n, n), cold=device if more else None, **more)
+
+    expected = fit.seconds(middle(spec))
+    for timing, wanted in (
+        (at(2048), expected), (at(2500), expected), (at(2048, host=1e-6), expected), (at(2048, host=1.0), 1.0),
+    ):  # fmt: skip
+        found = estimate.estimates(spec, [Row("attention", spec, {"toy": timing})], {"toy": fit}, cost.CPU)["toy"]
+        assert found.exact and found.seconds == pytest.approx(wanted, rel=1e-9)
+    unknown = estimate.estimates(spec, [row(spec, toy=3e-4)], {"toy": fit}, cost.CPU)["toy"]
+    assert unknown.seconds == pytest.approx(3e-4, rel=1e-9)
+
+
+def test_tiles_that_just_exceed_the_multiprocessors_are_expected_to_take_twice_as_long() -> None:
+    def chunk(heads: int, queries: int, keys: int = 8192) -> Any:
+        return replace(spec_of(1, keys), num_heads=heads, num_kv_heads=heads, seqlen_q=queries)
+
+    assert [work_of(chunk(heads, 128), 132)[2] / work_of(chunk(1, 128), 132)[2] for heads in (132, 133, 265)] == [
+        1,
+        2,
+        3,
+    ]
+    assert work_of(chunk(8, 129), 132)[2] == work_of(chunk(8, 256), 132)[2] == work_of(chunk(16, 128), 132)[2]
+    # Of a triangle short tiles fill the gaps of long ones.
+    square = replace(spec_of(1024, causal=True), num_heads=40, num_kv_heads=40)
+    assert work_of(square, 132)[2] == pytest.approx(work_of(square)[0] / 132)
+    one = spec_of(1024, causal=True)
+    assert work_of(one, 132)[2] == 2 * 128 * 1024 * 32 > work_of(one)[0] / 132
+    # A kernel that goes by waves is told from one that shares out its keys.
+    calls = [chunk(h, q, k) for h in (4, 20, 40) for q in (128, 512, 1024) for k in (2048, 8192)]
+    for true in (Fit(1e-5, 0.0, 0.0, 2e-13, 132), Fit(1e-5, 3e-15, 0.0, 0.0, 132)):
+        found = fitted([(call, true.seconds(call)) for call in calls], 132)
+        assert found is not None and found.places == 132
+        assert (found.fixed, found.per_operation, found.per_longest) == pytest.approx(
+            (true.fixed, true.per_operation, true.per_longest), rel=1e-4, abs=1e-20
+        )
+
+
 def test_far_from_every_row_the_model_is_shown_and_not_used(toys: dict[str, Toy]) -> None:
     true = Fit(3e-5, 2e-11, 0.0)
-    rows = [row(s, first=2 * true.seconds(s), second=true.seconds(s)) for s in map(spec_of, (16, 32, 64, 128, 256))]
+    known = [(s, true.seconds(middle(s))) for s in map(spec_of, (16, 32, 64, 128, 256))]
+    rows = [row(s, first=2 * seconds, second=seconds) for s, seconds in known]
     write(table(*rows))
     assert choice(256).chosen == "second"
     found = choice(4096)
     assert found.chosen == "first" and "nothing measured near" in found.decided_by
-    assert found["second"].estimate.seconds == pytest.approx(true.seconds(spec_of(4096)), rel=1e-3)
+    assert found["second"].estimate.seconds == pytest.approx(true.seconds(middle(spec_of(4096))), rel=1e-3)
     assert "by the model" in str(found) and found.as_dict()["candidates"][0]["estimate"]["rests_on"] == "by the model"
 
 
@@ -251,7 +311,7 @@ def test_tables_are_merged_by_backend_and_stale_times_go() -> None:
 
 
 def test_a_table_is_the_same_after_writing_and_reading() -> None:
-    timing = Timing(1.25e-4, 0.02, 0.03, 1e-4, 9e-5, 2e-5)
+    timing = Timing(1.25e-4, 0.02, 0.03, 1e-4, 9e-5, 2e-5, (1, 70, 512))
     specs = [spec_of(64), spec_of(1, 512, causal=True, softcap=5.0)]
     rows = tuple(Row("attention", spec, {"x": timing, "y": Timing(1e-3, 0.5)}, {"z": "wrong"}) for spec in specs)
     made = table(*rows, driver="13.0", pinned=True, provenance={"date": "today"})
@@ -296,6 +356,9 @@ def _broken() -> dict[str, Any]:
         "noise": timing(noise=50.0),
         "text": timing(host="fast"),
         "an unknown time": timing(median=1e-4),
+        "lengths": timing(at=[1, 64]),
+        "no length": timing(at=[1, 64, 0]),
+        "a fraction": timing(at=[1, 64, 64.5]),
         "dtype": call(dtype="float99"),
         "code for a dtype": call(dtype="__class__"),
         "features": call(features=["warp"]),

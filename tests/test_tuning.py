@@ -91,6 +91,8 @@ def test_every_backend_is_checked_and_timed(shape: Shape) -> None:
     able = contestants(problem(shape).explain(problem(shape).make(CPU)))
     assert {"reference", "sdpa_cpu"} <= set(found.row.times) == set(able) and not found.row.failed
     assert all(timing.seconds > 0 and timing.noise >= 0 for timing in found.row.times.values())
+    longest = [max(column) for column in zip(*shape.sequences, strict=True)]
+    assert {timing.at for timing in found.row.times.values()} == {(len(shape.sequences), *longest)}
     assert found.versions["sdpa_cpu"] == str(torch.__version__)
     again = trial.measure(problem(shape), CPU, rounds=3)  # by now no first call of its kind
     assert all(timing.new_length is not None for timing in again.row.times.values())

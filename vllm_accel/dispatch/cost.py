@@ -1,38 +1,49 @@
-"""An analytic model of what a call takes: a fixed cost, operations over a rate, bytes over a bandwidth.
+"""An analytic model of what a call takes: a fixed cost, operations, bytes, and the longest way on one multiprocessor.
 
-The three are fitted to a backend's own measurements, so that the fixed cost holds what Python and a launch take, and
-the rate how good the kernels are. Where there are too few of them, rounded rates of the device stand in (the roofline
+The four are fitted to a backend's own measurements, so that the fixed cost holds what Python and a launch take, and
+the rates how good the kernels are. Where there are too few of them, rounded rates of the device stand in (the roofline
 of Williams, Waterman, Patterson 2009): only their ratios within an octave matter then.
+
+Operations alone are not enough: 192 tiles of rows on 132 multiprocessors take as long as 264 (chunks of prompts on an
+H200 took 1.6 times what a model without that expected, 2026-12-01). How much of a backend's time goes that way, and not
+with the operations, its measurements say: kernels that share out the keys of a tile have little of it.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_accel.dispatch.gemm_spec import Form, GemmSpec
-from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
+from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation, bucket, bucket_up
 
 #: Keys that a window is taken to show: the specs know that there is one, not its size. `tuning.grid` measures this one.
 WINDOW = 1024
-#: With fewer measurements three coefficients say nothing.
+#: Rows of a tile, as most kernels for prefill have them.
+TILE = 128
+#: With fewer measurements the coefficients say nothing.
 LEAST_ROWS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Seconds of a call as ``fixed + operations * per_operation + bytes * per_byte``."""
+    """Seconds of a call: ``fixed + operations * per_operation + bytes * per_byte + longest * per_longest``.
+
+    `longest` are the operations of the multiprocessor that has the most (`work_of`), of `places`; 0 where unknown.
+    """
 
     fixed: float
     per_operation: float
     per_byte: float
+    per_longest: float = 0.0
+    places: int = 0
 
     def seconds(self, spec: Any) -> float:
-        """Return what a kind of call should take."""
-        operations, moved = work_of(spec)
-        return self.fixed + operations * self.per_operation + moved * self.per_byte
+        """Return what a call of exactly these lengths should take."""
+        operations, moved, longest = work_of(spec, self.places)
+        return self.fixed + operations * self.per_operation + moved * self.per_byte + longest * self.per_longest
 
 
 #: A data-centre GPU, rounded: 500 TFLOP/s, 3 TB/s, 4 us; and two cores of a server.
@@ -50,11 +61,39 @@ def family_of(spec: Any) -> tuple[Any, ...]:
     return (type(spec).__name__,)
 
 
-def work_of(spec: Any) -> tuple[float, float]:
-    """Return the operations and the bytes of a kind of call; (0, 0) where nothing is known of the kind."""
+def middle(spec: Any) -> Any:
+    """Return a kind of attention call with lengths in the middle of those that it stands for.
+
+    A kind is a quarter of an octave wide, and is named by its lower end; lengths over a paged cache by the upper one.
+    """
+    if not isinstance(spec, AttentionSpec):
+        return spec
+    between = _below if spec.block_size else _above
+    return replace(
+        spec, batch=_above(spec.batch), seqlen_q=between(spec.seqlen_q), seqlen_k=between(spec.seqlen_k)
+    )  # fmt: skip
+
+
+def _above(n: int) -> int:
+    return round(math.sqrt(n * (bucket_up(n + 1) - 1)))
+
+
+def _below(n: int) -> int:
+    return round(math.sqrt((bucket(n - 1) + 1) * n)) if n > 1 else n
+
+
+def work_of(spec: Any, places: int = 0) -> tuple[float, float, float]:
+    """Return the operations and bytes of a call, and the operations of the multiprocessor that has the most.
+
+    Args:
+        spec: with the exact lengths. places: multiprocessors; the third is 0 where they are not known.
+
+    Returns:
+        Zeros where nothing is known of the kind.
+    """
     if isinstance(spec, GemmSpec):
-        return _gemm_work(spec)
-    return _attention_work(spec) if isinstance(spec, AttentionSpec) else (0.0, 0.0)
+        return (*_gemm_work(spec), 0.0)
+    return _attention_work(spec, places) if isinstance(spec, AttentionSpec) else (0.0, 0.0, 0.0)
 
 
 def _gemm_work(spec: GemmSpec) -> tuple[float, float]:
@@ -70,40 +109,51 @@ def _gemm_work(spec: GemmSpec) -> tuple[float, float]:
     return operations, float(moved + outs * spec.out_dtype.itemsize)
 
 
-def _attention_work(spec: AttentionSpec) -> tuple[float, float]:
+def _attention_work(spec: AttentionSpec, places: int) -> tuple[float, float, float]:
     batch, seen, share = max(spec.batch, 1), spec.seqlen_k, 1.0
+    triangle = Feature.CAUSAL in spec.features and spec.relation is Relation.EQUAL
     if Feature.WINDOW_LEFT in spec.features:
         share = min(1.0, WINDOW / max(seen, 1))
-        seen = min(seen, WINDOW + spec.seqlen_q)
-    elif Feature.CAUSAL in spec.features and spec.relation is Relation.EQUAL:
+        seen, triangle = min(seen, WINDOW + spec.seqlen_q), False
+    elif triangle:
         share = 0.5
     pairs = spec.seqlen_q * spec.seqlen_k * share
     sizes = spec.head_dim + spec.head_dim_v
-    operations = 2.0 * batch * spec.num_heads * pairs * sizes * (3.5 if Feature.GRAD in spec.features else 1.0)
+    passes = 3.5 if Feature.GRAD in spec.features else 1.0
+    operations = 2.0 * batch * spec.num_heads * pairs * sizes * passes
     elements_q, elements_k = spec.num_heads * spec.seqlen_q, spec.num_kv_heads * seen
     moved = batch * sizes * (elements_q * spec.dtype.itemsize + elements_k * spec.kv_dtype.itemsize)
-    return operations, float(moved)
+    if not places:
+        return operations, float(moved), 0.0
+    waves = batch * spec.num_heads * -(-spec.seqlen_q // TILE) / places
+    # Tiles of a triangle fill each other's gaps, but none ends before the longest; equally long ones come in waves.
+    waves = max(1.0, share * waves) if triangle else math.ceil(waves)
+    return operations, float(moved), 2.0 * waves * TILE * seen * sizes * passes
 
 
-def fitted(points: list[tuple[Any, float]]) -> Fit | None:
-    """Fit the three coefficients, none negative, to (kind of call, seconds); None for too few points.
+def fitted(points: list[tuple[Any, float]], places: int = 0) -> Fit | None:
+    """Fit the coefficients, none negative, to (call, seconds); None for too few points.
 
     Least squares of the relative error: every subset of the terms is solved, and the best one without a negative
-    coefficient kept, which for three terms is the exact solution (Lawson, Hanson 1974).
+    coefficient kept, which for so few terms is the exact solution (Lawson, Hanson 1974).
     """
     if len(points) < LEAST_ROWS:
         return None
-    rows = [[term / seconds for term in (1.0, *work_of(spec))] for spec, seconds in points]
+    rows = [[term / seconds for term in (1.0, *work_of(spec, places))] for spec, seconds in points]
+    count = 4 if places else 3
     best: tuple[float, list[float]] | None = None
-    for size in (3, 2, 1):
-        for terms in itertools.combinations(range(3), size):
+    for size in range(count, 0, -1):
+        for terms in itertools.combinations(range(count), size):
             found = _solved(rows, terms)
             if found is None or min(found) < 0:
                 continue
             error = sum((sum(a * b for a, b in zip(row, found, strict=True)) - 1.0) ** 2 for row in rows)
             if best is None or error < best[0]:
                 best = (error, found)
-    return None if best is None or max(best[1]) <= 0 else Fit(*best[1])
+    if best is None or max(best[1]) <= 0:
+        return None
+    fixed, per_operation, per_byte, per_longest = best[1]
+    return Fit(fixed, per_operation, per_byte, per_longest, places)
 
 
 def _solved(rows: list[list[float]], terms: tuple[int, ...]) -> list[float] | None:
@@ -117,7 +167,7 @@ def _solved(rows: list[list[float]], terms: tuple[int, ...]) -> list[float] | No
     whole = _determinant(matrix)
     if whole < 1e-9:
         return None
-    found = [0.0, 0.0, 0.0]
+    found = [0.0] * 4
     for i, (term, scale) in enumerate(zip(terms, scales, strict=True)):
         replaced = [[target[r] if c == i else matrix[r][c] for c in range(len(terms))] for r in range(len(terms))]
         found[term] = _determinant(replaced) / whole / scale

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm_accel.dispatch.cost import Fit
+from vllm_accel.dispatch.cost import Fit, middle
 from vllm_accel.dispatch.gemm_spec import GemmSpec
 from vllm_accel.dispatch.spec import AttentionSpec, Feature
 from vllm_accel.dispatch.table_file import Row, Timing
@@ -34,7 +34,7 @@ class Estimate:
     Attributes:
         seconds: by interpolation. noise: relative, of the rows it rests on. rows: how many; 0 if the model alone says
             it, far from every row, which is for people and not for the choice.
-        exact: the very kind of call was measured.
+        exact: the very kind of call was measured; the time is moved to the middle of its lengths.
     """
 
     seconds: float
@@ -103,23 +103,32 @@ def as_fast(one: Estimate, fastest: Estimate) -> bool:
 def _interpolate(spec: Any, points: list[tuple[Any, Timing, float]], model: Fit) -> Estimate:
     """Weigh the ratio of measured to modelled time by the inverse square of the distance.
 
-    Where the device and the host were timed apart they are interpolated apart, and the longer one counts: what Python
-    and a launch take changes little with the lengths, so that it must not be scaled as the kernel is.
+    What is estimated is the middle of the kind's lengths. Where the device and the host were timed apart they are
+    interpolated apart, and the longer one counts: what Python and a launch take changes little with the lengths, so
+    that it must not be scaled as the kernel is. A row of the very kind stands alone.
     """
+    exact = [(point, timing, 1.0) for point, timing, _ in points if point == spec]
+    points = exact or points
     total = device = host = noise = 0.0
     apart = all(timing.cold is not None and timing.host is not None for _, timing, _ in points)
     for point, timing, distance in points:
-        if point == spec:
-            return Estimate(timing.seconds, timing.noise, 1, True)
         weight = 1.0 / max(distance, _BESIDE) ** 2
         total += weight
-        device += weight * math.log(device_seconds(timing) / model.seconds(point))
+        device += weight * math.log(device_seconds(timing) / model.seconds(place_of(point, timing)))
         host += weight * math.log(timing.host or 1.0)
         noise += weight * timing.noise
-    seconds = model.seconds(spec) * math.exp(device / total)
+    seconds = model.seconds(middle(spec)) * math.exp(device / total)
     if apart:
         seconds = max(seconds, math.exp(host / total))
-    return Estimate(seconds, noise / total, len(points), False)
+    return Estimate(seconds, noise / total, len(points), bool(exact))
+
+
+def place_of(spec: Any, timing: Timing) -> Any:
+    """Return the kind of call with the lengths that a time was taken at; in their middle where they are not known."""
+    if timing.at is None or not isinstance(spec, AttentionSpec):
+        return middle(spec)
+    batch, seqlen_q, seqlen_k = timing.at
+    return replace(spec, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
 
 
 def device_seconds(timing: Timing) -> float:

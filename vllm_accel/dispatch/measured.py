@@ -22,7 +22,7 @@ from vllm_accel.dispatch import plan
 from vllm_accel.dispatch import settings as settings_module
 from vllm_accel.dispatch.cost import Fit, family_of, fitted
 from vllm_accel.dispatch.device import Device, cpu_name
-from vllm_accel.dispatch.estimate import class_of, device_seconds
+from vllm_accel.dispatch.estimate import class_of, device_seconds, place_of
 from vllm_accel.dispatch.table_file import POLICY, Row, Table, merged, minor, parse
 
 COMMAND = "vllm-accel tune"
@@ -53,13 +53,14 @@ class Source:
         """Return the rows that differ from a kind of call in lengths only."""
         return self._by_class.get((op, *class_of(spec)), ())
 
-    def fit(self, op: str, backend: str, spec: Any) -> Fit | None:
+    def fit(self, op: str, backend: str, spec: Any, device: Device) -> Fit | None:
         """Return what a backend's rows of this family of calls say about its rates; None if they are too few."""
         key = (op, backend, family_of(spec))
         if key not in self._fits:
             rows = [row for row in self.table.rows if row.op == op and family_of(row.spec) == key[2]]
             self._fits[key] = fitted(
-                [(row.spec, device_seconds(row.times[backend])) for row in rows if backend in row.times]
+                [(place_of(r.spec, t), device_seconds(t)) for r in rows if (t := r.times.get(backend)) is not None],
+                device.sm_count or 0,
             )
         return self._fits[key]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_accel.dispatch import measured
-from vllm_accel.dispatch.cost import CPU, GPU, Fit
+from vllm_accel.dispatch.cost import CPU, GPU, Fit, middle
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.estimate import Estimate, best_first, distance_of, estimates
 from vllm_accel.dispatch.spec import Feature
@@ -78,7 +78,8 @@ def rank(
             here = {name for name in (*here, *current) if name in row.failed or (name in here and name not in found)}
         if found:
             used[str(source)] = None
-    fits = {name: fit for name in versions if (fit := _fit(op, name, spec, sources, versions[name])) is not None}
+    models = {name: _fit(op, name, spec, sources, version, device) for name, version in versions.items()}
+    fits = {name: fit for name, fit in models.items() if fit is not None}
     rows = [Row(op, row_spec, found) for row_spec, found in times.items()]
     known = estimates(spec, rows, fits, CPU if device.type == "cpu" else GPU)
     for name in here:  # a failure at this very kind of call outweighs times of its neighbours
@@ -100,13 +101,15 @@ def modelled(
     """Return what the model alone expects of backends: for people, where no row is near."""
     if not (sources := measured.sources(device)):
         return {}
-    fits = {name: _fit(op, name, spec, sources, version_of(name)) for name in names}
-    return {name: Estimate(fit.seconds(spec), 0.0, 0, False) for name, fit in fits.items() if fit is not None}
+    fits = {name: _fit(op, name, spec, sources, version_of(name), device) for name in names}
+    return {name: Estimate(fit.seconds(middle(spec)), 0.0, 0, False) for name, fit in fits.items() if fit is not None}
 
 
-def _fit(op: str, name: str, spec: Any, sources: Sequence[measured.Source], version: str | None) -> Fit | None:
+def _fit(
+    op: str, name: str, spec: Any, sources: Sequence[measured.Source], version: str | None, device: Device
+) -> Fit | None:  # fmt: skip
     """Return the model of a backend by the last table that has enough of it."""
-    found = [s.fit(op, name, spec) for s in sources if is_current(s.table, op, name, version)]
+    found = [s.fit(op, name, spec, device) for s in sources if is_current(s.table, op, name, version)]
     return next((fit for fit in reversed(found) if fit is not None), None)
 
 

@@ -34,7 +34,8 @@ class Timing:
             longer. noise: half of the interquartile range over the median of the rounds.
         new_length: what the first call at a new length costs beyond that (a graph, a plan). cold, warm: of the device,
             after the L2 cache was overwritten, and in a CUDA graph where nothing is overwritten. host: what Python and
-            the launch take. Each None where it was not measured.
+            the launch take. Each None where it was not measured. at: the exact lengths of an attention call that it was
+            measured at: sequences, and the longest query and key length; the kind of call holds for a range of them.
     """
 
     seconds: float
@@ -43,6 +44,7 @@ class Timing:
     cold: float | None = None
     warm: float | None = None
     host: float | None = None
+    at: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,8 @@ def dump(table: Table) -> str:
         "pinned": table.pinned,
         "provenance": dict(table.provenance),
         "legend": "seconds: backend -> median, and where known the noise relative to it, what the first call of a new "
-        "length adds, the device's time with a cold and with a warm L2 cache, the host's time",
+        "length adds, the device's time with a cold and with a warm L2 cache, the host's time, and at which lengths "
+        "exactly (sequences, longest queries, longest keys)",
     }
     body = json.dumps(head, indent=1)[:-2]
     listed = "\n  " + ",\n  ".join(rows) + "\n " if rows else ""
@@ -193,11 +196,15 @@ def dump(table: Table) -> str:
 
 def _row_to_json(row: Row) -> dict[str, Any]:
     seconds = {
-        name: {field: float(f"{value:.4g}") for field, value in dataclasses.asdict(timing).items() if value is not None}
+        name: {field: _rounded(value) for field, value in dataclasses.asdict(timing).items() if value is not None}
         for name, timing in sorted(row.times.items())
     }
     data = {"op": row.op, "call": spec_to_json(row.spec), "seconds": seconds}
     return {**data, "failed": dict(sorted(row.failed.items()))} if row.failed else data
+
+
+def _rounded(value: float | tuple[int, ...]) -> float | list[int]:
+    return list(value) if isinstance(value, tuple) else float(f"{value:.4g}")
 
 
 def save(table: Table, path: Path) -> None:
@@ -275,8 +282,13 @@ def _timing(where: str, entry: Any) -> Timing:
     names = [f.name for f in dataclasses.fields(Timing)]
     if not isinstance(entry, dict) or not {"seconds", "noise"} <= set(entry) <= set(names):
         raise ValueError(f"{where} has to have seconds and noise, and may have {', '.join(names[2:])}: {entry!r:.80}")
-    for name, value in entry.items():
+    numbers, at = {name: value for name, value in entry.items() if name != "at"}, entry.get("at")
+    for name, value in numbers.items():
         low, high = _NOISE if name == "noise" else (0.0, _SECONDS[1]) if name == "new_length" else _SECONDS
         if type(value) not in (int, float) or not low <= value <= high:
             raise ValueError(f"{where}: {name} {value!r} is not a number from {low:g} to {high:g}")
-    return Timing(**{name: float(value) for name, value in entry.items()})
+    if at is not None:
+        if not (isinstance(at, list) and len(at) == 3 and all(type(n) is int and 0 < n < 2**31 for n in at)):
+            raise ValueError(f"{where}: at {at!r:.60} is not a list of three lengths")
+        at = (at[0], at[1], at[2])
+    return Timing(**{name: float(value) for name, value in numbers.items()}, at=at)

@@ -54,6 +54,12 @@ class AttentionProblem:
         """Tell whether lengths keep changing: in everything but dense training."""
         return not self.grad or self.shape.packed
 
+    @property
+    def at(self) -> tuple[int, int, int]:
+        """Return sequences, longest query and longest key length."""
+        longest_q, longest_k = (max(column) for column in zip(*self.shape.sequences, strict=True))
+        return len(self.shape.sequences), longest_q, longest_k
+
     def make(self, device: torch.device) -> Inputs:
         """Draw the tensors."""
         return self.shape.make(self.dtype, device)
@@ -135,9 +141,9 @@ def label(shape: Shape, dtype: torch.dtype) -> str:
     """Name a shape by what it is: ``prefill bf16 4x2048 8:2x64 causal``."""
     kind = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
     parts = [shape.kind, kind[str(dtype).removeprefix("torch.")]]
-    longest_q, longest_k = (max(column) for column in zip(*shape.sequences, strict=True))
+    batch, longest_q, longest_k = AttentionProblem(shape, dtype).at
     lengths = f"{longest_q}" if longest_q == longest_k else f"{longest_q}/{longest_k}"
-    parts.append(f"{len(shape.sequences)}x{lengths}")
+    parts.append(f"{batch}x{lengths}")
     sizes = f"{shape.head_dim}" if shape.dim_v == shape.head_dim else f"{shape.head_dim}/{shape.dim_v}"
     parts.append(f"{shape.heads}:{shape.kv_heads}x{sizes}")
     if shape.block_size:

@@ -91,6 +91,11 @@ class GemmProblem:
         return False
 
     @property
+    def at(self) -> None:
+        """Return None: the model takes a product's sizes as those of its kind."""
+        return None
+
+    @property
     def varies(self) -> bool:
         """Return True: the number of tokens changes from call to call."""
         return True

@@ -46,6 +46,11 @@ class Problem(Protocol):
         """Tell whether lengths keep changing in this kind of work, so that the cost of a new one counts."""
         ...
 
+    @property
+    def at(self) -> tuple[int, int, int] | None:
+        """Return sequences, longest query and longest key length of an attention call; None for others."""
+        ...
+
     def make(self, device: torch.device) -> Any:
         """Draw the tensors; on the meta device they hold nothing."""
         ...

@@ -97,9 +97,9 @@ def measure(
         if seconds > HOPELESS * fastest:  # once more: another program may have been in the way
             once[name] = (min(seconds, _wall(calls[name], device)[0]), extra)
     slow = {name for name in calls if once[name][0] > HOPELESS * fastest}
-    times: dict[str, Timing] = {name: Timing(once[name][0], _SINGLE_NOISE, once[name][1]) for name in slow}
+    times = {name: Timing(once[name][0], _SINGLE_NOISE, once[name][1], at=problem.at) for name in slow}
     timed = {name: call for name, call in calls.items() if name not in slow}
-    times |= _timed(timed, device, found, rounds, round_seconds, {n: once[n][1] for n in timed}, problem.grad)
+    times |= _timed(timed, device, found, rounds, round_seconds, {n: once[n][1] for n in timed}, problem)
     row.times.update(times)  # type: ignore[attr-defined]
     return found
 
@@ -154,7 +154,7 @@ def _timed(
     rounds: int,
     round_seconds: float,
     new_length: Mapping[str, float | None],
-    grad: bool,
+    problem: Problem,
 ) -> dict[str, Timing]:
     clock = timing.clock(device)
     times = {}
@@ -171,9 +171,9 @@ def _timed(
             if host > cold:
                 seconds, noise = host, noise_of(on_host)
             safe = registry.get(found.row.op, name).capability.capture_safe
-            graph = clock.warm(calls[name]) if safe and not grad and cold < _SHORT else None
+            graph = clock.warm(calls[name]) if safe and not problem.grad and cold < _SHORT else None
             _assert_alive(device, found.row, name)
-        times[name] = Timing(seconds, noise, new_length[name], cold, graph, host)
+        times[name] = Timing(seconds, noise, new_length[name], cold, graph, host, problem.at)
     return times
 
 
