@@ -26,7 +26,7 @@ from vllm_accel.dispatch.device import detect, preset
 from vllm_accel.dispatch.estimate import distance_of, estimates
 from vllm_accel.dispatch.spec import Feature
 from vllm_accel.dispatch.table_file import Row, Timing, parse
-from vllm_accel.tuning import attention, build, families, grid, timing, trial, tune
+from vllm_accel.tuning import attention, build, core, families, grid, timing, trial, tune
 from vllm_accel.tuning.attention import AttentionProblem
 from vllm_accel.tuning.gemm import GemmProblem, Product
 from vllm_accel.tuning.problem import contestants
@@ -96,6 +96,34 @@ def test_every_backend_is_checked_and_timed(shape: Shape) -> None:
     assert found.versions["sdpa_cpu"] == str(torch.__version__)
     again = trial.measure(problem(shape), CPU, rounds=3)  # by now no first call of its kind
     assert all(timing.new_length is not None for timing in again.row.times.values())
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs thread affinity")
+def test_the_host_is_timed_on_the_fastest_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed, at = {2, 5, 9}, []
+    speeds = {2: 3e-3, 5: 1e-3, 9: 2e-3}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(allowed))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: at.append(set(cores)))
+    monkeypatch.setattr(core, "_loop", lambda: speeds[next(iter(at[-1]))])
+    with core.fastest_core():
+        assert at == [{2}, {5}, {9}, {5}]
+    assert at[-1] == allowed
+
+    def forbidden(pid: int, cores: set[int]) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setaffinity", forbidden)
+    with core.fastest_core():
+        at.append({0})
+    assert at[-1] == {0}
+
+
+def test_a_loop_of_python_takes_time() -> None:
+    before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    with core.fastest_core():
+        assert 1e-5 < core._loop() < 0.1
+        assert before is None or len(os.sched_getaffinity(0)) == 1
+    assert before is None or os.sched_getaffinity(0) == before
 
 
 def test_a_wrong_or_failing_backend_gets_no_time_and_its_reason(toy: Any) -> None:

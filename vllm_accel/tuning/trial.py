@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from vllm_accel.dispatch.selection import Selection
 from vllm_accel.dispatch.selector import MAX_FIRST_CALL_SECONDS
 from vllm_accel.dispatch.table_file import Row, Timing
 from vllm_accel.tuning import timing
+from vllm_accel.tuning.core import fastest_core
 from vllm_accel.tuning.problem import Problem, contestants
 
 #: A backend that is so many times slower than the fastest is timed once, and not again for calls of that kind.
@@ -99,7 +101,9 @@ def measure(
     slow = {name for name in calls if once[name][0] > HOPELESS * fastest}
     times = {name: Timing(once[name][0], _SINGLE_NOISE, once[name][1], at=problem.at) for name in slow}
     timed = {name: call for name, call in calls.items() if name not in slow}
-    times |= _timed(timed, device, found, rounds, round_seconds, {n: once[n][1] for n in timed}, problem)
+    # A CPU's threads need all cores, and so does the thread that autograd may start.
+    with fastest_core() if device.type == "cuda" and not problem.grad else contextlib.nullcontext():
+        times |= _timed(timed, device, found, rounds, round_seconds, {n: once[n][1] for n in timed}, problem)
     row.times.update(times)  # type: ignore[attr-defined]
     return found
 
