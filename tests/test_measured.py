@@ -214,6 +214,24 @@ def test_tiles_that_just_exceed_the_multiprocessors_are_expected_to_take_twice_a
         )
 
 
+def test_rates_of_one_head_size_are_fitted_apart_where_enough_of_it_was_measured() -> None:
+    """There is a kernel for each head size, and at 64 the exponentials set the pace."""
+    fast, slow = Fit(1e-5, 1e-12, 0.0), Fit(1e-5, 4e-12, 0.0)
+    wide = [spec_of(n) for n in (64, 128, 256, 512, 1024, 2048, 4096, 8192)]
+    narrow = [replace(spec, head_dim=8, head_dim_v=8) for spec in wide]
+    rows = [row(s, x=fit.seconds(middle(s))) for fit, specs in ((fast, wide), (slow, narrow)) for s in specs]
+
+    def per_operation(rows: list[Row], spec: Any) -> float:
+        found = measured.Source.made(Path("x"), table(*rows)).fit("attention", "x", spec, detect(CPU))
+        assert found is not None
+        return found.per_operation * 1e12
+
+    assert [per_operation(rows, s[0]) for s in (wide, narrow)] == pytest.approx([1, 4], rel=1e-3)
+    few = rows[:12]  # four of the narrow ones: they take what all say
+    assert per_operation(few, wide[0]) == pytest.approx(1, rel=1e-3) and per_operation(few, narrow[0]) > 1.02
+    assert per_operation(few, narrow[0]) == per_operation(few, replace(wide[0], head_dim=32))
+
+
 def test_far_from_every_row_the_model_is_shown_and_not_used(toys: dict[str, Toy]) -> None:
     true = Fit(3e-5, 2e-11, 0.0)
     known = [(s, true.seconds(middle(s))) for s in map(spec_of, (16, 32, 64, 128, 256))]

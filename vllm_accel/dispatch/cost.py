@@ -25,6 +25,8 @@ WINDOW = 1024
 TILE = 128
 #: With fewer measurements the coefficients say nothing.
 LEAST_ROWS = 5
+#: With so many of one head size, and there is a kernel for each size, those of other sizes are left out.
+LEAST_OF_ONE_SIZE = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import torch
 
 from vllm_accel.dispatch import plan
 from vllm_accel.dispatch import settings as settings_module
-from vllm_accel.dispatch.cost import Fit, family_of, fitted
+from vllm_accel.dispatch.cost import LEAST_OF_ONE_SIZE, Fit, family_of, fitted
 from vllm_accel.dispatch.device import Device, cpu_name
 from vllm_accel.dispatch.estimate import class_of, device_seconds, place_of
 from vllm_accel.dispatch.table_file import POLICY, Row, Table, merged, minor, parse
@@ -55,12 +55,15 @@ class Source:
 
     def fit(self, op: str, backend: str, spec: Any, device: Device) -> Fit | None:
         """Return what a backend's rows of this family of calls say about its rates; None if they are too few."""
-        key = (op, backend, family_of(spec))
+        family, size = family_of(spec), getattr(spec, "head_dim", 0)
+        key = (op, backend, (*family, size))
         if key not in self._fits:
-            rows = [row for row in self.table.rows if row.op == op and family_of(row.spec) == key[2]]
+            rows = [row for row in self.table.rows if row.op == op and family_of(row.spec) == family]
+            timed = [(row.spec, timing) for row in rows if (timing := row.times.get(backend)) is not None]
+            alike = [pair for pair in timed if getattr(pair[0], "head_dim", 0) == size]
+            known = alike if len(alike) >= LEAST_OF_ONE_SIZE else timed
             self._fits[key] = fitted(
-                [(place_of(r.spec, t), device_seconds(t)) for r in rows if (t := r.times.get(backend)) is not None],
-                device.sm_count or 0,
+                [(place_of(where, timing), device_seconds(timing)) for where, timing in known], device.sm_count or 0
             )
         return self._fits[key]
 
