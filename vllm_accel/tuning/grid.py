@@ -158,18 +158,13 @@ def gpu_attention() -> tuple[Work, ...]:
     narrow = tuple(((12, 4), (1, n, n)) for n in (2048, 1024, 4096))
     # Large models have 64 heads, which are twice as many tiles.
     regrouped = (*narrow, *(((64, 8), (1, n, n)) for n in (1024, 256, 4096)))
-    few_tiles = (
-        ((12, 4), (1, 256, 4096)),
-        ((64, 8), (1, 256, 8192)),
-        ((12, 4), (4, 256, 8192)),
-        ((12, 4), (1, 512, 16384)),
-    )
+    chunks = ((12, 4), (1, 256, 4096)), ((64, 8), (1, 256, 8192)), ((12, 4), (4, 256, 8192)), ((12, 4), (1, 512, 16384))
     denser = (*wide, (1, 2048, 2048), (4, 2048, 2048), (1, 512, 512))
     return (
         Work("prefill", 32, 8, 128, both, square, regrouped=regrouped),
         Work("decode", 32, 8, 128, both, decode, regrouped=eight),
         Work("prefill", 32, 8, 128, both, denser, packed=True, regrouped=regrouped),
-        Work("prefill", 32, 8, 128, both, chunk, regrouped=few_tiles),
+        Work("prefill", 32, 8, 128, both, chunk, regrouped=chunks),
         Work("train", 32, 8, 128, both, train),
         Work("prefill", 16, 16, 64, both, denser, causal=False),
         Work("prefill", 16, 16, 128, bf16, wide, causal=False),
