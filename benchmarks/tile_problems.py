@@ -299,11 +299,12 @@ def paged_data(
     out = unwritten((*q.shape[:2], d_v), dtype, where.device)
     lse = unwritten((q.shape[1], q.shape[0]), torch.float32, where.device)
     chip = paged_launch.chip_of(where.arch)
+    lie: paged_launch.Lie = "dense" if dense else "paged"
 
     def launches(
         tile: Tile, num_splits: int = 0, chip: paged_launch.Chip = chip, teams: int = 0
     ) -> tuple[Launch, ...]:  # fmt: skip
-        sizes = paged_launch.sizes_of(q, v, args, mla=mla, even=dense)
+        sizes = paged_launch.sizes_of(q, v, args, mla=mla, lie=lie)
         works = splits.plan_work(sizes, lambda rows, form: tile, splits.Gpu(where.sm_count), num_splits)
         if teams:
             works = tuple(
@@ -316,7 +317,7 @@ def paged_data(
         part = torch.empty(max(room, 1), device=where.device) if room or works[-1].grows else None
         made = []
         for work in works:
-            kind = {"chip": chip, "mla": mla, "one_block": dense}
+            kind = {"chip": chip, "mla": mla, "lie": lie}
             made.append(paged_launch.attention_launch(work, q, k, v, out, lse, part, args, **kind))
             if work.split and not work.teams and part is not None:
                 made.append(paged_launch.combine_launch(work, out, lse, part, args))

@@ -165,16 +165,16 @@ def test_dense_decode_fits(arch: str) -> None:
     q, k = (torch.empty(shape, device="meta", dtype=BF16) for shape in ((32, 32, 128), (32, 4097, 8, 128)))
     ints = [torch.empty(n, device="meta", dtype=torch.int32) for n in ((33,), (32, 1), (32,))]
     args = PagedArgs(*ints, *(None,) * 5, 1, 4097, 0.1, True, (-1, -1), 0.0, True, False, False)
-    sizes = paged_launch.sizes_of(q, k, args, even=True)
+    sizes = paged_launch.sizes_of(q, k, args, lie="dense")
     (work,) = splits.plan_work(
         sizes, lambda rows, form: paged_launch.choose_tile(arch, rows, 128, 128, BF16, BF16, False, form), H200
     )
     out, lse = torch.empty_like(q), torch.empty(32, 32, device="meta")
     part = torch.empty(splits.scratch((work,), sizes), device="meta")
     made = paged_launch.attention_launch(
-        work, q, k, k, out, lse, part, args, mla=False, chip=paged_launch.chip_of(arch), one_block=True
+        work, q, k, k, out, lse, part, args, mla=False, chip=paged_launch.chip_of(arch), lie="dense"
     )
-    assert made.constexprs["PAGE"] == 1 << 30
+    assert made.constexprs["PAGE"] == 0
     assert_good(made, arch, blocks=3)
 
 

@@ -21,7 +21,7 @@ from vllm_accel.kernels.triton.pages import (
     find_share,
     finish,
     halves,
-    key_count,
+    keys_of,
     online,
     pages_of,
     query_span,
@@ -102,7 +102,7 @@ def _attend(
 
 @triton.jit
 def attend_rows(
-    sequence, first, len_q, len_k, begin, inner, outer, end, rows, heads, kv_head, live,
+    sequence, block, first, len_q, len_k, begin, inner, outer, end, rows, heads, kv_head, live,
     q_ptr, k_ptr, v_ptr, block_table, slopes, q_descale, k_descale, v_descale, scale, softcap,
     left, right, num_blocks, num_kv_heads,
     stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_tb,
@@ -117,7 +117,7 @@ def attend_rows(
     """Let BLOCK_M rows of one sequence and key head attend to its keys [begin, end): return sums, maxima, denominators.
 
     Args:
-        first: the sequence's first token. rows, heads: of each row, token in the sequence and head; live: it is one.
+        block: where its keys begin without pages (`pages.keys_of`). first: the sequence's first token. rows, heads: of each row, token in the sequence and head; live: it is one.
         inner, outer: with PEEL the keys between them are seen by every row (`scores.keys_of_rows`).
         The others: see `paged_attention`.
     """
@@ -153,7 +153,10 @@ def attend_rows(
         q_rope = widen(q_rope, DTYPE, Q_BITS)
     k_head = k_ptr + kv_head.to(tl.int64) * stride_kh
     v_head = v_ptr + kv_head.to(tl.int64) * stride_vh
-    table = block_table + sequence.to(tl.int64) * stride_tb
+    if PAGE > 0:
+        table = block_table + sequence.to(tl.int64) * stride_tb
+    else:
+        table = block
 
     WIDTH: tl.constexpr = BLOCK_DV // 2 if PAIRS else BLOCK_DV
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
@@ -207,7 +210,7 @@ def attend_rows(
 
 @triton.jit(
     do_not_specialize=[
-        "left", "right", "tokens", "batch", "max_blocks", "num_blocks", "num_splits", "goal", "most", "tiles",
+        "left", "right", "tokens", "batch", "limit", "num_blocks", "num_splits", "goal", "most", "tiles",
         "low_q", "high_q", "part_rows", "stride_tb",
     ]
 )  # fmt: skip
@@ -215,7 +218,7 @@ def paged_attention(
     q_ptr, k_ptr, v_ptr, cu_seqlens, block_table, seqused_k, out_ptr, lse_ptr, part_ptr,
     slopes, sinks, q_descale, k_descale, v_descale,
     scale, softcap,
-    left, right, tokens, batch, num_blocks, max_blocks, num_kv_heads, num_splits, goal, most, tiles, low_q,
+    left, right, tokens, batch, num_blocks, limit, num_kv_heads, num_splits, goal, most, tiles, low_q,
     high_q, part_rows,
     stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_tb,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -281,7 +284,7 @@ def paged_attention(
         return
     if (tile * BLOCK_M >= len_q * GROUP) | (len_q < low_q) | (len_q > high_q):
         return
-    len_k = key_count(seqused_k, sequence, batch, max_blocks, PAGE)
+    block, len_k = keys_of(seqused_k, sequence, batch, limit, num_blocks, PAGE)
 
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = r // GROUP
@@ -309,7 +312,7 @@ def paged_attention(
     else:
         begin, end = low, high
     acc, m, l = attend_rows(
-        sequence, first, len_q, len_k, begin, inner, outer, end, rows, heads, kv_head, live,
+        sequence, block, first, len_q, len_k, begin, inner, outer, end, rows, heads, kv_head, live,
         q_ptr, k_ptr, v_ptr, block_table, slopes, q_descale, k_descale, v_descale, scale, softcap,
         left, right, num_blocks, num_kv_heads,
         stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_tb,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ import triton.language as tl
 from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
 from vllm_accel.kernels.triton.combine import combine_splits
 from vllm_accel.kernels.triton.launch import Launch
+from vllm_accel.kernels.triton import pages
 from vllm_accel.kernels.triton.paged import paged_attention
 from vllm_accel.kernels.triton.scores import folds
-from vllm_accel.kernels.triton.splits import DECODE_TOKENS, Sizes, Work
+from vllm_accel.kernels.triton.splits import DECODE_TOKENS, MIN_SPLIT, Sizes, Work
 from vllm_accel.kernels.triton.stream import stream_attention
 from vllm_accel.kernels.triton.tiles import Tile, lookup
 
@@ -30,13 +31,16 @@ _JOINED_FLOATS = 4096
 _STREAM_FLOATS, _STREAM_ROWS = 8192, 4
 
 
-#: Slots of a block that is as long as its sequence: longer than any, and a multiple of every tile.
-_ENDLESS = 1 << 30
-#: Keys that a sequence has at most.
+#: Keys that a sequence has at most, and offsets within a block.
 _LONGEST = 2**31 - 1
+#: Keys that a tile may read past the last one's place.
+LONGEST_STEP = 128
 
 #: Where a call's sequences are: cu_seqlens_q, block_table, seqused_k.
 Where = tuple[Tensor, Tensor, Tensor]
+#: How keys lie: "paged"; "dense", as many of each sequence, each of which is a block; "packed", one sequence behind the
+#: other, where every token is a block of one slot, seqused_k is cu_seqlens_k and nobody reads the table.
+Lie = Literal["paged", "dense", "packed"]
 #: Small tensors that a call may have: alibi_slopes, sinks, q_descale, k_descale, v_descale. Read as contiguous.
 Options = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -105,25 +109,36 @@ def choose_tile(
     return lookup("mla" if mla else "paged", arch, [f"{name}_{form}", name] if form else [name])
 
 
-def sizes_of(q: Tensor, v_cache: Tensor, args: PagedArgs, *, mla: bool = False, even: bool = False) -> Sizes:
-    """Return the exact sizes of a call, that decide how it is cut up; even: all sequences have as many keys."""
+def limit_of(k_cache: Tensor, v_cache: Tensor, args: PagedArgs, lie: Lie) -> int:
+    """Return how many keys of a sequence the kernel reads at most; of dense keys exactly."""
+    if lie == "dense":
+        return v_cache.shape[1]
+    if lie == "packed":
+        return min(v_cache.shape[0], _LONGEST // max(k_cache.stride(0), v_cache.stride(0), 1) - LONGEST_STEP)
+    return min(args.block_table.shape[1] * v_cache.shape[1], _LONGEST)
+
+
+def sizes_of(q: Tensor, v_cache: Tensor, args: PagedArgs, *, mla: bool = False, lie: Lie = "paged") -> Sizes:
+    """Return the exact sizes of a call, that decide how it is cut up."""
     left, right = args.window_size
     right = 0 if args.causal else right
     window = left + right + 1 if left >= 0 and right >= 0 else 0
-    page = v_cache.shape[1]
     return Sizes(
-        tokens=q.shape[0], batch=args.seqused_k.shape[0], num_heads=q.shape[1], num_kv_heads=v_cache.shape[2],
+        tokens=q.shape[0], batch=args.cu_seqlens_q.shape[0] - 1, num_heads=q.shape[1], num_kv_heads=v_cache.shape[2],
         head_dim_v=v_cache.shape[3], max_seqlen_q=args.max_seqlen_q, max_seqlen_k=args.max_seqlen_k, window=window,
         batch_invariant=args.batch_invariant, sinks=args.sinks is not None,
-        row_bytes=(q.shape[2] + (0 if mla else v_cache.shape[3])) * v_cache.dtype.itemsize, even=even,
-        most=min(left + max(right, 0) + DECODE_TOKENS if left >= 0 else _LONGEST, args.block_table.shape[1] * page),
+        row_bytes=(q.shape[2] + (0 if mla else v_cache.shape[3])) * v_cache.dtype.itemsize, even=lie == "dense",
+        most=min(
+            left + max(right, 0) + DECODE_TOKENS if left >= 0 else _LONGEST,
+            limit_of(v_cache, v_cache, args, lie),
+        ),
         mla=mla,
     )  # fmt: skip
 
 
 def attention_launch(
     work: Work, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor | None, part: Tensor | None,
-    args: PagedArgs, *, chip: Chip, mla: bool, tf32: bool = False, one_block: bool = False,
+    args: PagedArgs, *, chip: Chip, mla: bool, tf32: bool = False, lie: Lie = "paged",
 ) -> Launch:  # fmt: skip
     """Return the launch that computes out and lse, or partial results where `work` splits.
 
@@ -133,11 +148,11 @@ def attention_launch(
         part: fp32, as many as `splits.scratch` says, at least one where a work `grows`; else None.
         chip: what it can do.
         tf32: products of fp32 inputs may round to TF32.
-        one_block: no sequence has more than one block, so that its size need not be compiled in.
+        lie: how keys lie. Packed ones have a dimension of 1 behind the first, as wide as a token.
     """
     heads, head_dim = q.shape[1:]
     num_blocks, page, kv_heads, head_dim_v = v_cache.shape
-    page = _ENDLESS if one_block else page
+    page = {"paged": page, "dense": pages.DENSE.value, "packed": pages.PACKED.value}[lie]
     rope = head_dim - head_dim_v if mla else 0
     left, right = args.window_size
     right = 0 if args.causal else right
@@ -155,7 +170,7 @@ def attention_launch(
         and all(n % 2 == 0 for n in (head_dim_v, *v_cache.stride()[:3]))
     )  # fmt: skip
     # More than eight pages are not worth an instruction each. Tiles of 64 rows wait for products rather than for keys.
-    per_tile, rest = divmod(work.tile.block_n, page)
+    per_tile, rest = divmod(work.tile.block_n, page) if page > 0 else (0, 0)
     entries = chip.shuffles and not mla and work.tile.block_m < 64 and rest == 0 and 2 <= per_tile <= 8
     constexprs = {
         "GROUP": heads // kv_heads, "D": head_dim - rope, "DV": head_dim_v, "BLOCK_D": padded(head_dim - rope),
@@ -170,10 +185,10 @@ def attention_launch(
         # Where registers are limited there is no room for so many.
         "EACH": not work.tile.maxnreg and work.tile.block_m * work.tile.block_n <= 2048,
     }  # fmt: skip
-    tokens, batch = q.shape[0], args.seqused_k.shape[0]
+    tokens, batch = q.shape[0], args.cu_seqlens_q.shape[0] - 1
     if work.teams:
         together = max(1, _STREAM_FLOATS // (_STREAM_ROWS * padded(head_dim_v)))
-        constexprs |= {"UNIT": work.unit, "JOIN_S": together, "JOIN_R": _STREAM_ROWS}
+        constexprs |= {"UNIT": work.unit, "LEAST": MIN_SPLIT, "JOIN_S": together, "JOIN_R": _STREAM_ROWS}
         cut: tuple[int, ...] = (work.teams, work.num_splits, work.most, work.tiles, work.high_q, int(work.tail))
     else:
         constexprs |= {"SEARCH": work.search, "SPLIT": work.split or work.grows, "FIXED": work.fixed}
@@ -186,7 +201,7 @@ def attention_launch(
         args=(
             *attention_tensors(q, k_cache, v_cache, out, lse, part, where_of(args), options_of(args), chip.native_e4m3),
             args.softmax_scale, args.softcap, max(left, 0), max(right, 0), tokens, batch, num_blocks,
-            args.block_table.shape[1], kv_heads, *cut,
+            limit_of(k_cache, v_cache, args, lie), kv_heads, *cut,
             *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], args.block_table.stride(0),
         ),
         constexprs=constexprs,
@@ -209,7 +224,7 @@ def attention_tensors(
 def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs) -> Launch:
     """Return the launch that joins the splits of `attention_launch`."""
     tokens, heads, head_dim_v = out.shape
-    batch, width = args.seqused_k.shape[0], padded(head_dim_v)
+    batch, width = args.cu_seqlens_q.shape[0] - 1, padded(head_dim_v)
     together = _JOINED if work.fixed else max(_JOINED, _JOINED_FLOATS // width)
     return Launch(
         fn=combine_splits,

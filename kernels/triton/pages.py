@@ -10,6 +10,9 @@ import triton.language as tl
 #: Fewer keys than this in a split cost more in launches and merging than the split saves (kernels that cut 256 tokens
 #: into 29 parts were slower for it: sglang #35801).
 MIN_SPLIT: tl.constexpr = tl.constexpr(256)
+#: PAGE of keys that lie in no pages: as many of each sequence (B, S, H, D), or one sequence behind the other (T, H, D).
+DENSE: tl.constexpr = tl.constexpr(0)
+PACKED: tl.constexpr = tl.constexpr(-1)
 
 
 # --- which part of the work ------------------------------------------------------------------------------------------
@@ -43,10 +46,21 @@ def query_span(cu_seqlens, sequence, batch, tokens):
 
 
 @triton.jit
-def key_count(seqused_k, sequence, batch, max_blocks, PAGE: tl.constexpr):
-    """Return how many keys a sequence has, not more than its row of the table can name."""
-    used = tl.load(seqused_k + sequence, mask=sequence < batch, other=0)
-    return tl.minimum(tl.maximum(used, 0).to(tl.int64), max_blocks.to(tl.int64) * PAGE).to(tl.int32)
+def keys_of(seqused_k, sequence, batch, limit, num_blocks, PAGE: tl.constexpr):
+    """Return (block, count): where the keys of a sequence begin if they lie in no pages, and how many there are.
+
+    Args:
+        seqused_k: the counts, with PACKED cu_seqlens of the keys. limit: of each sequence at most; with DENSE exactly.
+        num_blocks: of the cache; with PACKED tokens of it.
+    """
+    if PAGE == DENSE:
+        return sequence, limit
+    elif PAGE == PACKED:
+        first, count = query_span(seqused_k, sequence, batch, num_blocks)
+        return first, tl.where(sequence < batch, tl.minimum(count, limit), 0)
+    else:
+        used = tl.load(seqused_k + sequence, mask=sequence < batch, other=0)
+        return sequence, tl.minimum(tl.maximum(used, 0), limit)
 
 
 @triton.jit
@@ -152,14 +166,18 @@ def zero_rows(
 def pages_of(start, end, table, num_blocks, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return the pages of the tokens [start, start + BLOCK_N): one number where PAGE says that they share it.
 
-    The table is read only before `end`, and its entries are kept inside the cache whatever they hold.
+    The table is read only before `end`, and its entries are kept inside the cache whatever they hold. Of a sequence
+    without pages it is the number of its block.
     """
-    if PAGE % BLOCK_N == 0:  # start is a multiple of BLOCK_N
+    if PAGE <= 0:
+        return table
+    elif PAGE % BLOCK_N == 0:  # start is a multiple of BLOCK_N
         page = tl.load(table + start // PAGE, mask=start < end, other=0)
+        return tl.minimum(tl.maximum(page, 0), num_blocks - 1)
     else:
         n = start + tl.arange(0, BLOCK_N)
         page = tl.load(table + n // PAGE, mask=n < end, other=0)
-    return tl.minimum(tl.maximum(page, 0), num_blocks - 1)
+        return tl.minimum(tl.maximum(page, 0), num_blocks - 1)
 
 
 @triton.jit
@@ -168,7 +186,9 @@ def tokens_in(cache, page, start, stride_block, stride_slot, PAGE: tl.constexpr,
 
     Blocks are far apart (64 bits); within one, 32 bits do, which saves registers where the tile has one block.
     """
-    if PAGE % BLOCK_N == 0:
+    if PAGE <= 0:
+        slot = start + tl.arange(0, BLOCK_N)
+    elif PAGE % BLOCK_N == 0:
         slot = start % PAGE + tl.arange(0, BLOCK_N)
     else:
         slot = (start + tl.arange(0, BLOCK_N)) % PAGE

@@ -209,7 +209,7 @@ def _decode(
         split = num_splits > 1 or sizes.sinks
         return Work(tile, False, tiles, 0, most, num_splits, 0, INVARIANT_SPLIT, split, batch * most, tail)
     heads, room, keys = tiles * sizes.num_kv_heads, places(tile, sizes.row_bytes, gpu), _keys(sizes)
-    even = sizes.even or batch == 1
+    even = _equally(sizes)
     if even or sizes.mla:
         if heads * batch > room.all:
             tile = tile_for(rows, "many")
@@ -226,6 +226,11 @@ def _decode(
     teams = per * batch or choose_teams(heads, batch, room)
     assert (per or teams) < 1 << 16, "a counter of `join.py` counts so far"
     return Work(tile, False, tiles, 0, most, per, 0, 0, per != 1, most, tail, teams, tile.block_n, sizes.most)
+
+
+def _equally(sizes: Sizes) -> bool:
+    """Tell whether each sequence of a decode is cut into equal parts, known beforehand."""
+    return sizes.even or sizes.batch == 1
 
 
 def with_tile(work: Work, tile: Tile, sizes: Sizes) -> Work:

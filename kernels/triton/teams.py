@@ -9,7 +9,7 @@ sequence has so many teams of its own instead. Lengths are read here only, so a 
 
 import triton
 import triton.language as tl
-from vllm_accel.kernels.triton.pages import MIN_SPLIT, query_span
+from vllm_accel.kernels.triton.pages import DENSE, keys_of, query_span
 
 
 @triton.jit
@@ -24,10 +24,22 @@ def count_blocks(used, len_q, most, high_q, UNIT: tl.constexpr):
 
 
 @triton.jit
-def blocks_of(sequence, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT: tl.constexpr):
+def queries_of(cu_seqlens, sequence, batch, tokens, high_q, PAGE: tl.constexpr):
+    """Return (first token, number of tokens) as `pages.query_span`; of dense calls high_q each."""
+    if PAGE == DENSE:
+        return sequence * high_q, high_q
+    else:
+        return query_span(cu_seqlens, sequence, batch, tokens)
+
+
+@triton.jit
+def blocks_of(
+    sequence, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, most, high_q, PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
     """Return how many blocks sequences of these numbers have; none from `batch` on."""
-    used = tl.load(seqused_k + sequence, mask=sequence < batch, other=0)
-    _, len_q = query_span(cu_seqlens, sequence, batch, tokens)
+    _, used = keys_of(seqused_k, sequence, batch, limit, num_blocks, PAGE)
+    _, len_q = queries_of(cu_seqlens, sequence, batch, tokens, high_q, PAGE)
     return tl.where(sequence < batch, count_blocks(used, len_q, most, high_q, UNIT), 0)
 
 
@@ -37,7 +49,10 @@ def _largest(a0, a1, a2, b0, b1, b2):
 
 
 @triton.jit
-def find_block(block, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT: tl.constexpr):
+def find_block(
+    block, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, most, high_q, PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
     """Return the sequence that a block belongs to, `batch` past the last one, and how many blocks are before its own.
 
     All is reduced at a time, because warps wait for each other each time.
@@ -45,7 +60,7 @@ def find_block(block, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT: 
     sequence, before, counted = 0, 0, 0
     for b in range(0, batch, 128):
         others = b + tl.arange(0, 128)
-        n = blocks_of(others, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT)
+        n = blocks_of(others, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, most, high_q, PAGE, UNIT)
         ends = counted + tl.cumsum(n, 0)
         done = (others < batch) & (ends <= block)
         found = tl.where(done, others + 1, 0), tl.where(done, ends, 0), ends
@@ -55,7 +70,10 @@ def find_block(block, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT: 
 
 
 @triton.jit
-def range_of_team(team, cu_seqlens, seqused_k, batch, tokens, teams, per, most, high_q, UNIT: tl.constexpr):
+def range_of_team(
+    team, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, teams, per, most, high_q, PAGE: tl.constexpr,
+    UNIT: tl.constexpr, LEAST: tl.constexpr,
+):  # fmt: skip
     """Return (share, start, stop, sequence, before): a team has the blocks [start, stop), from this sequence on.
 
     So many blocks are before those of that sequence, which may be `batch`, past the last one. With `per` blocks are
@@ -63,17 +81,26 @@ def range_of_team(team, cu_seqlens, seqused_k, batch, tokens, teams, per, most, 
     """
     if per > 0:
         sequence, before = team // per, 0
-        n = blocks_of(sequence, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT)
-        share = tl.maximum(tl.cdiv(n, per), MIN_SPLIT // UNIT)
+        n = blocks_of(sequence, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, most, high_q, PAGE, UNIT)
+        share = tl.maximum(tl.cdiv(n, per), LEAST // UNIT)
         start = team % per * share
         stop = tl.minimum(start + share, n)
+    elif PAGE == DENSE:  # nothing has to be looked for
+        n = count_blocks(limit, high_q, most, high_q, UNIT)
+        share = tl.maximum(tl.cdiv(n * batch, teams), LEAST // UNIT)
+        start = team * share
+        stop = tl.minimum(start + share, n * batch)
+        sequence = start // n
+        before = sequence * n
     else:
         total = 0
         for b in range(0, batch, 128):
             others = b + tl.arange(0, 128)
-            total += tl.sum(blocks_of(others, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT), 0)
-        share = tl.maximum(tl.cdiv(total, teams), MIN_SPLIT // UNIT)
+            total += tl.sum(blocks_of(others, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, most, high_q, PAGE, UNIT), 0)
+        share = tl.maximum(tl.cdiv(total, teams), LEAST // UNIT)
         start = team * share
         stop = tl.minimum(start + share, total)
-        sequence, before = find_block(start, cu_seqlens, seqused_k, batch, tokens, most, high_q, UNIT)
+        sequence, before = find_block(
+            start, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, most, high_q, PAGE, UNIT
+        )
     return share, start, stop, sequence, before

@@ -21,6 +21,8 @@ H200 = PRESETS["h200"]
 _DECODE: dict[str, Any] = {
     "batch": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "head_dim_v": 16, "grad": False,
 }  # fmt: skip
+_PACKED: dict[str, Any] = {**_DECODE, "head_dim": 24, "head_dim_v": 24}
+_UNEVEN = ((1, 700), (1, 3), (0, 9), (1, 0), (1, 1), (1, 330))
 CASES = (
     Case("one", "", seqlen_q=1, seqlen_k=300, options={"causal": True}, **_DECODE),
     Case("split", "", seqlen_q=1, seqlen_k=600, **{**_DECODE, "num_heads": 2, "num_kv_heads": 1}),
@@ -36,6 +38,16 @@ CASES = (
     Case("chunk", "", seqlen_q=21, seqlen_k=4110, options={"causal": True}, sinks=True,
          **{**_DECODE, "batch": 1, "num_heads": 2, "num_kv_heads": 1}),
     Case("chunk, not causal", "", seqlen_q=150, seqlen_k=4097, **{**_DECODE, "batch": 1, "num_heads": 2}),
+    Case("packed decode", "", lengths=_UNEVEN, tail=3, **_PACKED),
+    Case("packed, several", "", lengths=((3, 400), (8, 2), (0, 0), (1, 0), (2, 290)), tail=1, sinks=True,
+         options={"causal": True}, **_PACKED),
+    Case("packed, one", "", lengths=((2, 700),), options={"causal": True}, **_PACKED),
+    Case("packed, gradients", "", lengths=((2, 300), (1, 0), (0, 9)), tail=2, lse_grad=True, **{**_PACKED, "grad": True}),
+    Case("packed, options", "", lengths=_UNEVEN, tail=3, alibi="batch", sinks=True,
+         options={"causal": True, "softcap": 4.0, "softmax_scale": 0.3}, **{**_PACKED, "head_dim_v": 40}),
+    Case("packed, window", "", lengths=_UNEVEN, options={"window_size": (100, 1)}, alibi="heads", **_PACKED),
+    Case("packed, descale", "", lengths=_UNEVEN, descale=True, **_PACKED),
+    Case("packed, slices of one", "", lengths=((5, 400), (1, 600)), layout="packed_qkv", **_PACKED),
 )  # fmt: skip
 
 
@@ -89,7 +101,9 @@ def test_what_takes_the_forward_kernel() -> None:
         return shares_keys(spec, q, dense if k is None else k, dense, args, sm_count)
 
     assert shares(_args(8, 600)) and not shares(_args(1, splits.MIN_SPLIT - 1))
-    for feature in (Feature.VARLEN, Feature.BIAS, Feature.MASK, Feature.DROPOUT, Feature.BATCH_INVARIANT):
+    assert shares(_args(1, 600), _kernel(Feature.VARLEN)._spec)
+    assert not shares(_args(9, 6000), _kernel(Feature.VARLEN)._spec)
+    for feature in (Feature.BIAS, Feature.MASK, Feature.DROPOUT, Feature.BATCH_INVARIANT):
         assert not shares(_args(1, 600), _kernel(feature)._spec)
         assert not shares(_args(100, 6000), _kernel(feature)._spec)
     far = torch.empty_strided((2, 600, 2, 16), (2**32, 2**22, 16, 1), device="meta")

@@ -196,25 +196,38 @@ def test_shares_always_have_room() -> None:
 
 
 @triton.jit
-def _ranges(cu_seqlens, seqused, found, batch, tokens, teams, per, most, high_q, UNIT: tl.constexpr):
+def _ranges(
+    cu_seqlens, seqused, found, batch, tokens, limit, num_blocks, teams, per, most, high_q, PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
     """Write down what `range_of_team` finds for each team."""
     team = tl.program_id(0)
     numbers = teams_module.range_of_team(
-        team, cu_seqlens, seqused, batch, tokens, teams, per, most, high_q, UNIT
+        team, cu_seqlens, seqused, batch, tokens, limit, num_blocks, teams, per, most, high_q, PAGE, UNIT,
+        splits.MIN_SPLIT,
     )  # fmt: skip
     for i in tl.static_range(5):
         tl.store(found + 5 * team + i, numbers[i])
 
 
 def blocks_of_teams(
-    lengths: list[int], teams: int, per: int = 0, q_lens: list[int] | None = None, most: int = 2**31 - 1
-) -> list[dict[int, int]]:
+    lengths: list[int], teams: int, per: int = 0, q_lens: list[int] | None = None, most: int = 2**31 - 1,
+    lie: paged_launch.Lie = "paged",
+) -> list[dict[int, int]]:  # fmt: skip
     """Return how many blocks of which sequence each team has, once it is clear that every block is somebody's."""
-    batch, q_lens, unit, high_q = len(lengths), q_lens or [1] * len(lengths), 128, 4
+    batch, q_lens, unit, high_q = len(lengths), q_lens or [1] * len(lengths), 128, 1 if lie == "dense" else 4
     ends = torch.tensor([0, *q_lens]).cumsum(0).to(torch.int32)
     found = torch.full((teams, 5), -1, dtype=torch.int32)
     used = torch.tensor(lengths, dtype=torch.int32)
-    _ranges[(teams,)](ends, used, found, batch, int(ends[-1]), teams, per, most, high_q, unit)
+    limit, stored = 2**31 - 1, sum(lengths)
+    if lie == "packed":
+        used = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    elif lie == "dense":  # which reads neither
+        (limit,) = set(lengths)
+        ends, used = torch.full_like(ends, 2**31 - 1), torch.full_like(used, 2**31 - 1)
+    page = {"paged": 16, "dense": pages.DENSE.value, "packed": pages.PACKED.value}[lie]
+    numbers = (batch, sum(q_lens), limit, stored, teams, per, most, high_q, page, unit)
+    _ranges[(teams,)](ends, used, found, *numbers)
     n = [max(1, -(-min(max(k, 0), most) // unit)) for k in lengths]
     n = [count if 0 < q <= high_q else 0 for count, q in zip(n, q_lens, strict=True)]
     starts = [0] * batch if per else torch.tensor([0, *n]).cumsum(0)[:-1].tolist()
@@ -243,10 +256,16 @@ def blocks_of_teams(
 
 def test_teams_have_equal_ranges_of_all_keys() -> None:
     assert blocks_of_teams([1024] * 3, 3) == [{0: 8}, {1: 8}, {2: 8}]
+    assert blocks_of_teams([1024] * 3, 3, lie="dense") == [{0: 8}, {1: 8}, {2: 8}]
     assert blocks_of_teams([1024] * 3, 6) == [{0: 4}, {0: 4}, {1: 4}, {1: 4}, {2: 4}, {2: 4}]
-    assert blocks_of_teams([2000, 0, 100, 700], 4) == [{0: 6}, {0: 6}, {0: 4, 1: 1, 2: 1}, {3: 6}]
+    packed: tuple[paged_launch.Lie, ...] = ("paged", "packed")
+    for lie in packed:
+        assert blocks_of_teams([2000, 0, 100, 700], 4, lie=lie) == [{0: 6}, {0: 6}, {0: 4, 1: 1, 2: 1}, {3: 6}]
+        assert blocks_of_teams([5000, 1000], 4, most=1000, lie=lie) == [{0: 4}, {0: 4}, {1: 4}, {1: 4}]  # by a window
+    assert blocks_of_teams([5000] * 2, 4, most=1000, lie="dense") == [{0: 4}, {0: 4}, {1: 4}, {1: 4}]
+    assert blocks_of_teams([1100] * 3, 4, lie="dense") == [{0: 7}, {0: 2, 1: 5}, {1: 4, 2: 3}, {2: 6}]
     assert blocks_of_teams([900], 9) == [{0: 2}] * 4 + [{}] * 5  # none has less than MIN_SPLIT
-    assert blocks_of_teams([5000, 1000], 4, most=1000) == [{0: 4}, {0: 4}, {1: 4}, {1: 4}]  # by a window
+    assert blocks_of_teams([900] * 2, 9, lie="dense") == [{0: 2}] * 4 + [{1: 2}] * 4 + [{}]
     assert blocks_of_teams([0, 0, -5], 1) == [{0: 1, 1: 1, 2: 1}]
     # Sequences without query tokens, or with so many that another launch has them, have no keys here.
     assert blocks_of_teams([900, 900, 900, 900], 4, q_lens=[1, 0, 5, 4]) == [{0: 4}, {0: 4}, {3: 4}, {3: 4}]
@@ -254,6 +273,8 @@ def test_teams_have_equal_ranges_of_all_keys() -> None:
 
 def test_each_sequence_has_its_own_teams() -> None:
     assert blocks_of_teams([1024, 300, 0], 6, per=2) == [{0: 4}, {0: 4}, {1: 2}, {1: 1}, {2: 1}, {}]
+    assert blocks_of_teams([1024, 300, 0], 6, per=2, lie="packed") == [{0: 4}, {0: 4}, {1: 2}, {1: 1}, {2: 1}, {}]
+    assert blocks_of_teams([300] * 2, 4, per=2, lie="dense") == [{0: 2}, {0: 1}, {1: 2}, {1: 1}]
     assert blocks_of_teams([1024, 300, 0], 3, per=1) == [{0: 8}, {1: 3}, {2: 1}]
 
 

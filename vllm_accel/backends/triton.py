@@ -194,7 +194,7 @@ class TritonAttention:
         from vllm_accel.backends.triton_decode import prepare_shared, shares_keys
 
         if shares_keys(self._spec, q, k, v, args, self._device.sm_count):
-            return prepare_shared(self._spec, self._device, q, _tidy(args))
+            return prepare_shared(self._spec, self._device, q, tidy(args))
         if not self._fp32_products:
             return self._bind(q, k, v, args, tf32=False)
         # The switch may be turned between two calls of one plan. The other way is bound by the call that needs it: what
@@ -233,7 +233,7 @@ class TritonAttention:
     def _bind_way(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, tf32: bool, tma: bool) -> Forward:
         lse = self._lse if args.need_lse else None
         rng = self._rng if args.dropout_p else None
-        tidy = _tidy(args)
+        tidy = tidy(args)
         tile = self._tma_tile if tma else self._tile
 
         def launch(tile: Tile) -> Launch:
@@ -257,7 +257,7 @@ class TritonAttention:
         """Return the gradients."""
         from vllm_accel.kernels.triton import backward
 
-        spec, args = self._spec, _tidy(args)
+        spec, args = self._spec, tidy(args)
         tiles = backward.choose_tiles(
             self._device.arch, spec.dtype, spec.head_dim, spec.head_dim_v,
             deterministic=args.deterministic or args.batch_invariant, heavy=self._heavy,
@@ -283,7 +283,7 @@ def _prepared(bound: Any, q: Tensor, v: Tensor, args: AttentionArgs) -> Forward:
 
     def forward(q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if untidy:
-            args = _tidy(args)
+            args = tidy(args)
         out = empty(out_shape, dtype=dtype, device=device)
         lse = empty(lse_shape, dtype=torch.float32, device=device) if lse_shape is not None else None
         # Drawn on the device from torch's generator: reproducible, no synchronisation, and new numbers in every
@@ -303,7 +303,7 @@ def _small(args: AttentionArgs) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
 
 
-def _tidy(args: AttentionArgs) -> AttentionArgs:
+def tidy(args: AttentionArgs) -> AttentionArgs:
     """Return the arguments with the small tensors contiguous, and windows that no sum of positions overflows with."""
     changes: dict[str, Any] = {}
     if any(t is not None and not t.is_contiguous() for t in _small(args)):

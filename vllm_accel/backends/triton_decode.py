@@ -13,18 +13,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vllm_accel.backends.triton import tf32_allowed
+from vllm_accel.backends.triton import tf32_allowed, tidy
 from vllm_accel.backends.triton_paged import Prepared, TritonPaged
 from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.spec import AttentionSpec, Feature
-from vllm_accel.kernels.triton.paged_launch import Options, contiguous, options_of
+from vllm_accel.kernels.triton.paged_launch import LONGEST_STEP, Lie, Options, Where, options_of
 from vllm_accel.kernels.triton.splits import DECODE_TOKENS, MIN_SPLIT
 
 #: What the paged kernel does not do, and what promises bits that do not depend on the batch: splits do.
-_NOT = (Feature.VARLEN, Feature.BIAS, Feature.MASK, Feature.DROPOUT, Feature.BATCH_INVARIANT)
+_NOT = (Feature.BIAS, Feature.MASK, Feature.DROPOUT, Feature.BATCH_INVARIANT)
 _MAX_OFFSET = 2**31 - 1  # within a block, which here is a sequence
-_LONGEST_STEP = 128  # keys that a tile may read past the last one's place
 #: A chunk: at most one tile of 128 rows for three multiprocessors, over so many keys. With one for two it was no faster
 #: (2 x 170 queries, 16 heads, 8430 keys), nor with fewer keys (128 queries, 32 heads, 2048 keys: 41 us and 44).
 _TILE, _SHARE, _LONG = 128, 3, 4096
@@ -37,11 +36,13 @@ def shares_keys(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, args: Atte
         sm_count: multiprocessors, 0 if unknown.
     """
     keys, queries = args.max_seqlen_k, args.max_seqlen_q
-    reach = (keys + _LONGEST_STEP) * max(k.stride(-3), v.stride(-3))
+    reach = (keys + LONGEST_STEP) * max(k.stride(-3), v.stride(-3))
     if any(feature in spec.features for feature in _NOT) or reach > _MAX_OFFSET:
         return False
     if queries <= DECODE_TOKENS:
         return keys >= MIN_SPLIT
+    if Feature.VARLEN in spec.features:
+        return False
     tiles = q.shape[0] * q.shape[2] * -(-queries // _TILE)
     return keys >= _LONG and args.window_size[0] < 0 and _SHARE * tiles <= sm_count
 
@@ -52,40 +53,52 @@ def prepare_shared(
     """Return `forward` for calls with these sizes and options; tensors and floats may differ.
 
     Args:
-        q: (B, Sq, H, D). args: with windows that no sum of positions overflows with.
+        q: (B, Sq, H, D) or packed (T, H, D). args: with windows that no sum of positions overflows with.
     """
-    batch, seqlen_q, heads, head_dim = q.shape
-    seqlen_k = args.max_seqlen_k
-    ends = torch.arange(0, (batch + 1) * seqlen_q, seqlen_q, dtype=torch.int32, device=q.device)[: batch + 1]
-    table = torch.arange(batch, dtype=torch.int32, device=q.device).unsqueeze(1)
-    used = torch.full((batch,), seqlen_k, dtype=torch.int32, device=q.device)
-    where = (ends, table, used)
-    paged = TritonPaged(spec, device, one_block=True)
-    rows_of, out_shape = (batch * seqlen_q, heads, head_dim), (batch, seqlen_q, heads, -1)
+    heads, head_dim = q.shape[-2:]
+    packed = args.cu_seqlens_k is not None
+    lie: Lie = "packed" if packed else "dense"
+    paged = TritonPaged(spec, device, lie=lie)
+    rows_of, out_shape = (-1, heads, head_dim), (*q.shape[:-1], -1)
     # A launch reads an address, and the strides that it was prepared with: no view is needed where rows are one.
     in_place = q.reshape(rows_of).data_ptr() == q.data_ptr()
-    untidy = any(t is not None and not t.is_contiguous() for t in options_of(args))
+    ends = args.cu_seqlens_q
+    if ends is None:
+        batch, seqlen_q = q.shape[:2]
+        ends = torch.arange(0, (batch + 1) * seqlen_q, seqlen_q, dtype=torch.int32, device=q.device)[: batch + 1]
+    small = (*options_of(args), args.cu_seqlens_q, args.cu_seqlens_k)
+    untidy = any(t is not None and not t.is_contiguous() for t in small)
     window = args.window_size
     fp32 = spec.dtype is torch.float32 and device.platform == "cuda"
     ways: dict[bool, Prepared] = {}  # with fp32: whether products round to TF32, which may change between two calls
 
-    def prepared(q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, options: Options, tf32: bool) -> Prepared:
+    def prepared(q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, tf32: bool) -> Prepared:
         paged_args = PagedArgs(
-            *where, *options, seqlen_q, seqlen_k, args.softmax_scale, args.causal, window, args.softcap, args.need_lse,
-            args.deterministic, False,
+            *where_of(args), *options_of(args), args.max_seqlen_q, args.max_seqlen_k, args.softmax_scale, args.causal,
+            window, args.softcap, args.need_lse, args.deterministic, False,
         )  # fmt: skip
+        if packed:
+            k, v = (t.as_strided((t.shape[0], 1, *t.shape[1:]), (t.stride(0), *t.stride())) for t in (k, v))
         ways[tf32] = found = paged.prepare(q.reshape(rows_of), k, v, paged_args, tf32)
         return found
 
+    def where_of(args: AttentionArgs) -> Where:
+        """Return where sequences are; a launch has tensors in the places that nobody reads too."""
+        if args.cu_seqlens_q is None or args.cu_seqlens_k is None:
+            return ends, ends, ends
+        return args.cu_seqlens_q, args.cu_seqlens_q, args.cu_seqlens_k
+
     def forward(q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> tuple[Tensor, Tensor | None, Tensor | None]:
         tf32 = fp32 and tf32_allowed()
-        options = options_of(args)
         if untidy:
-            options = contiguous(options)
-        way = ways.get(tf32) or prepared(q, k, v, args, options, tf32)
-        out, lse = way(q if in_place else q.reshape(rows_of), k, v, where, options, args.softmax_scale, args.softcap)
-        if lse is not None:
-            lse = lse.view(heads, batch, seqlen_q).transpose(0, 1).contiguous()
+            args = tidy(args)
+        way = ways.get(tf32) or prepared(q, k, v, args, tf32)
+        out, lse = way(
+            q if in_place else q.reshape(rows_of), k, v, where_of(args), options_of(args), args.softmax_scale,
+            args.softcap,
+        )  # fmt: skip
+        if lse is not None and not packed:
+            lse = lse.view(heads, *out_shape[:2]).transpose(0, 1).contiguous()
         return out.view(out_shape), lse, None
 
     return forward

@@ -66,9 +66,9 @@ class Prepared:
 class TritonPaged:
     """Paged attention of one kind. Launches are prepared once per shape; a call allocates, and launches them."""
 
-    def __init__(self, spec: AttentionSpec, device: Device, num_splits: int = 0, one_block: bool = False) -> None:
-        """Args: one_block: each sequence is one block, as long as it likes (see `triton_decode`)."""
-        self._one_block = one_block
+    def __init__(self, spec: AttentionSpec, device: Device, num_splits: int = 0, lie: paged_launch.Lie = "paged") -> None:
+        """Args: lie: how keys lie (see `triton_decode`)."""
+        self._lie = lie
         # Ampere has no instruction for e4m3 and Triton refuses the type there; e5m2 is the upper half of a float16.
         self._chip = paged_launch.chip_of(device.arch)
         self._mla = Feature.MLA in spec.features
@@ -114,7 +114,7 @@ class TritonPaged:
         tokens, heads = q.shape[:2]
         out = torch.empty((tokens, heads, v_cache.shape[3]), dtype=self._out_dtype, device=q.device)
         lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device) if args.need_lse else None
-        sizes = paged_launch.sizes_of(q, v_cache, args, mla=self._mla, even=self._one_block)
+        sizes = paged_launch.sizes_of(q, v_cache, args, mla=self._mla, lie=self._lie)
         works = splits.plan_work(sizes, self._tile_for, self._gpu, self._num_splits)
         scratch = splits.scratch(works, sizes)
         grows = works[-1].grows
@@ -125,7 +125,7 @@ class TritonPaged:
             def make(tile: Tile, work: splits.Work = work) -> Launch:
                 return paged_launch.attention_launch(
                     splits.with_tile(work, tile, sizes), q, k_cache, v_cache, out, lse, part, args,
-                    chip=self._chip, mla=self._mla, tf32=tf32, one_block=self._one_block,
+                    chip=self._chip, mla=self._mla, tf32=tf32, lie=self._lie,
                 )  # fmt: skip
 
             joined = None
