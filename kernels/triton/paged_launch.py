@@ -31,6 +31,7 @@ _JOINED_FLOATS = 4096
 _STREAM_FLOATS, _STREAM_ROWS = 8192, 4
 
 
+PEEL_SPLITS = True
 #: Keys that a sequence has at most, and offsets within a block.
 _LONGEST = 2**31 - 1
 #: Keys that a tile may read past the last one's place.
@@ -193,7 +194,7 @@ def attention_launch(
     else:
         constexprs |= {"SEARCH": work.search, "SPLIT": work.split or work.grows, "FIXED": work.fixed}
         constexprs |= {"SPREAD": work.goal > 0}
-        constexprs |= {"PEEL": work.search and not work.split}
+        constexprs |= {"PEEL": work.search and (PEEL_SPLITS or not work.split)}
         cut = (work.num_splits, work.goal, work.most, work.tiles, work.low_q, work.high_q, work.part_rows)
     return Launch(
         fn=stream_attention if work.teams else paged_attention,

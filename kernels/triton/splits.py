@@ -26,6 +26,7 @@ IN_FLIGHT = 128 * 1024
 _BESIDE = 7 * 1024
 #: Keys of a split where nothing about the batch may change a sum. Compiled, not timed.
 INVARIANT_SPLIT = 1024
+WARPS = 8
 #: Any number of query tokens.
 UNLIMITED = 2**31 - 1
 
@@ -128,7 +129,7 @@ def places(tile: Tile, row_bytes: int, gpu: Gpu) -> Places:
     more (tests/test_triton_paged_compile.py checks how many share one): at most 16 warps.
     """
     ahead = max(1, tile.num_stages - 1) * tile.block_n * row_bytes
-    resident = max(1, min(16 // tile.num_warps, gpu.shared // (ahead + _BESIDE)))
+    resident = max(1, min((WARPS if tile.block_m >= 64 else 16) // tile.num_warps, gpu.shared // (ahead + _BESIDE)))
     return Places(gpu.sm_count * resident, gpu.sm_count * min(resident, -(-IN_FLIGHT // ahead)))
 
 
