@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import weakref
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +19,12 @@ from vllm_accel.dispatch.device import PRESETS
 from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
 from vllm_accel.kernels.triton import forward_launch, paged_launch, splits
 from vllm_accel.testing import Case, check_backend
+from vllm_accel.testing.oracle import attention_varlen_oracle
+from vllm_accel.testing.tolerance import assert_lse_close
 
 H200 = PRESETS["h200"]
+#: Few teams, that begin and end in the middle of sequences.
+FEW = replace(H200, sm_count=2)
 _DECODE: dict[str, Any] = {
     "batch": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "head_dim_v": 16, "grad": False,
 }  # fmt: skip
@@ -51,6 +58,14 @@ CASES = (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _empty_is_nan() -> Iterator[None]:
+    """torch.empty gives NaN here: an output that nobody wrote, or a partial result that was read unwritten, shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def by_forward(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often the forward kernel was described."""
@@ -63,7 +78,8 @@ def by_forward(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case, by_forward: list[int]) -> None:
     dtype = (torch.float16, torch.float32, torch.bfloat16)[CASES.index(case) % 3]
-    assert check_backend(BACKEND, case, dtype=dtype, device=H200, where="cpu").ran
+    device = FEW if case.lengths else H200
+    assert check_backend(BACKEND, case, dtype=dtype, device=device, where="cpu").ran
     assert not by_forward
 
 
@@ -129,3 +145,66 @@ def test_a_plan_takes_other_tensors_and_keeps_none() -> None:
     got, want = forward(q, other, other, changed), _kernel().forward(q, other, other, changed)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     assert got[0].shape == (2, 1, 4, 16) and got[1].shape == (2, 4, 1) and got[1].is_contiguous()
+
+
+def _packed(lengths: tuple[tuple[int, int], ...], tail: int = 0, **sizes: Any) -> tuple[Any, ...]:
+    """Return q, k, v, arguments of a packed call, without its options."""
+    made = Case("", "", lengths=lengths, tail=tail, **{**_PACKED, **sizes}).make(torch.float32)
+    ends = made.options["cu_seqlens_q"], made.options["cu_seqlens_k"]
+    args = _args(max(n for n, _ in lengths), max(n for _, n in lengths))
+    return made.q, made.k, made.v, args._replace(cu_seqlens_q=ends[0], cu_seqlens_k=ends[1])
+
+
+def _few_teams(features: Feature = Feature.VARLEN) -> TritonAttention:
+    dtype = torch.float32
+    spec = AttentionSpec(dtype, dtype, 4, 2, 24, 24, 2, 1, 512, Relation.MIXED, features)
+    return BACKEND.bind(spec, FEW)
+
+
+def test_packed_lengths_may_change_under_a_plan(by_forward: list[int]) -> None:
+    """What a captured graph replays: the same launch, other cu_seqlens."""
+    q, k, v, args = _packed(((1, 700), (1, 1), (1, 300)))
+    kernel = _few_teams()
+    forward = kernel.prepare(q, k, v, args)
+    for ends in ([0, 700, 701, 1001], [0, 0, 400, 1001], [0, 1, 2, 3], [0, 300, 1000, 1000]):
+        args.cu_seqlens_k.copy_(torch.tensor(ends))
+        out, lse, _ = forward(q, k, v, args)
+        want, want_lse = attention_varlen_oracle(
+            q, k, v, cu_seqlens_q=args.cu_seqlens_q, cu_seqlens_k=args.cu_seqlens_k, softmax_scale=0.25
+        )
+        assert (out - want).abs().max() < 1e-5
+        assert lse is not None
+        assert_lse_close(lse, want_lse, dtype=torch.float32)
+    assert not by_forward
+
+
+def test_wrong_packed_lengths_touch_nothing_outside(by_forward: list[int]) -> None:
+    """The interpreter reads through raw addresses: an access outside would crash, or bring in other numbers."""
+    q, k, _, args = _packed(((1, 300), (2, 290)))
+    kernel, ones = _few_teams(), torch.ones_like(k)
+    for wrong in ([-7, 2**30, 2**31 - 1], [0, 590, 5], [2**31 - 1, -(2**31), 600], [0, -5, 590]):
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            broken = args._replace(**{name: torch.tensor(wrong, dtype=torch.int32)})
+            out, _, _ = kernel.forward(q, ones, ones, broken)
+            assert ((out == 0) | (out - 1).abs().lt(1e-5) | out.isnan()).all()
+            assert name == "cu_seqlens_q" or not out.isnan().any()
+    assert not by_forward
+
+
+def test_packed_keys_far_from_each_other() -> None:
+    """Offsets beyond 31 bits from the first key of the batch, not of a sequence; and lengths beyond what they reach."""
+    q, k, v, args = _packed(((1, 260), (2, 300)), num_kv_heads=1, num_heads=2, head_dim=16, head_dim_v=16)
+    apart = 2**31 // 450
+    memory = torch.frombuffer(mmap.mmap(-1, 4 * (560 * apart + 16)), dtype=torch.float32)
+    far = memory.as_strided((560, 1, 16), (apart, 16, 1))
+    far.copy_(k)
+    dtype = torch.float32
+    spec = AttentionSpec(dtype, dtype, 2, 1, 16, 16, 2, 1, 512, Relation.MIXED, Feature.VARLEN)
+    assert shares_keys(spec, q, far, v, args, 132)
+    assert not shares_keys(spec, q, far, v, args._replace(max_seqlen_k=330), 132)
+    kernel = BACKEND.bind(spec, FEW)
+    got, _, _ = kernel.forward(q, far, v, args)
+    want, _, _ = kernel.forward(q, k, v, args)
+    assert torch.equal(got, want)
+    longer = args._replace(cu_seqlens_k=torch.tensor([0, 0, 560], dtype=torch.int32))
+    assert kernel.forward(q, far, v, longer)[0].isfinite().all()
