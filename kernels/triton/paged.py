@@ -117,7 +117,8 @@ def attend_rows(
     """Let BLOCK_M rows of one sequence and key head attend to its keys [begin, end): return sums, maxima, denominators.
 
     Args:
-        block: where its keys begin without pages (`pages.keys_of`). first: the sequence's first token. rows, heads: of each row, token in the sequence and head; live: it is one.
+        block: where its keys begin without pages (`pages.keys_of`). first: the sequence's first token.
+        rows, heads: of each row, token in the sequence and head; live: it is one.
         inner, outer: with PEEL the keys between them are seen by every row (`scores.keys_of_rows`).
         The others: see `paged_attention`.
     """

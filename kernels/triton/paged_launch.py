@@ -10,9 +10,9 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
+from vllm_accel.kernels.triton import pages
 from vllm_accel.kernels.triton.combine import combine_splits
 from vllm_accel.kernels.triton.launch import Launch
-from vllm_accel.kernels.triton import pages
 from vllm_accel.kernels.triton.paged import paged_attention
 from vllm_accel.kernels.triton.scores import folds
 from vllm_accel.kernels.triton.splits import DECODE_TOKENS, MIN_SPLIT, Sizes, Work

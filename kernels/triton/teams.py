@@ -96,7 +96,8 @@ def range_of_team(
         total = 0
         for b in range(0, batch, 128):
             others = b + tl.arange(0, 128)
-            total += tl.sum(blocks_of(others, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, most, high_q, PAGE, UNIT), 0)
+            n = blocks_of(others, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, most, high_q, PAGE, UNIT)
+            total += tl.sum(n, 0)
         share = tl.maximum(tl.cdiv(total, teams), LEAST // UNIT)
         start = team * share
         stop = tl.minimum(start + share, total)

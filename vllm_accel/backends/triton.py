@@ -233,11 +233,11 @@ class TritonAttention:
     def _bind_way(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, tf32: bool, tma: bool) -> Forward:
         lse = self._lse if args.need_lse else None
         rng = self._rng if args.dropout_p else None
-        tidy = tidy(args)
+        described = tidy(args)
         tile = self._tma_tile if tma else self._tile
 
         def launch(tile: Tile) -> Launch:
-            made: Launch = self._launches.forward_launch(q, k, v, q, lse, rng, tidy, tile, tf32, tma)
+            made: Launch = self._launches.forward_launch(q, k, v, q, lse, rng, described, tile, tf32, tma)
             return made
 
         return _prepared(self._bound(made_of=(tile, launch)), q, v, args)

@@ -18,7 +18,7 @@ from vllm_accel.backends.triton_paged import Prepared, TritonPaged
 from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.spec import AttentionSpec, Feature
-from vllm_accel.kernels.triton.paged_launch import LONGEST_STEP, Lie, Options, Where, options_of
+from vllm_accel.kernels.triton.paged_launch import LONGEST_STEP, Lie, Where, options_of
 from vllm_accel.kernels.triton.splits import DECODE_TOKENS, MIN_SPLIT
 
 #: What the paged kernel does not do, and what promises bits that do not depend on the batch: splits do.

@@ -66,7 +66,9 @@ class Prepared:
 class TritonPaged:
     """Paged attention of one kind. Launches are prepared once per shape; a call allocates, and launches them."""
 
-    def __init__(self, spec: AttentionSpec, device: Device, num_splits: int = 0, lie: paged_launch.Lie = "paged") -> None:
+    def __init__(
+        self, spec: AttentionSpec, device: Device, num_splits: int = 0, lie: paged_launch.Lie = "paged"
+    ) -> None:
         """Args: lie: how keys lie (see `triton_decode`)."""
         self._lie = lie
         # Ampere has no instruction for e4m3 and Triton refuses the type there; e5m2 is the upper half of a float16.
