@@ -7,7 +7,7 @@ Steps, in order of value; each writes its file as it goes, and what fails costs 
     conformance   every case of `vllm_accel.testing` and longer ones against float64, in processes on all cores;
                   beside it every tile that `tiles` will time is compiled and checked
     peers         forward and decode against every other backend that runs here (`benchmarks.attention`)
-    splits        decode by how its keys are shared out, chosen and otherwise, as CUDA graphs
+    splits        decodes and chunks by how their keys are shared out, chosen and otherwise, as CUDA graphs
     backward      backward passes alone, against the same
     tiles         a few tiles and variants for each of the main calls, as CUDA graphs
     memory        peak bytes by sequence length
@@ -228,12 +228,13 @@ def peers(run: Run) -> None:
 
 
 def splits(run: Run) -> None:
-    """Time decode by how its keys are shared out."""
+    """Time decodes and chunks by how their keys are shared out."""
     tasks = [Task(name, tiling.time_splits, (name,)) for name in tiling.SPLIT_CALLS]
+    tasks += [Task(name, tiling.time_chunk, (name,)) for name in tiling.CHUNK_CALLS]
 
     def show(row: dict[str, Any]) -> str:
         timed = [r for r in row["results"] if r["seconds"]]
-        return "; ".join(f"{r['way']} {r['seconds'] * 1e6:.0f} us {_share(r)}" for r in timed)
+        return "; ".join(f"{r['way']} {r['seconds'] * 1e6:.0f} us {_share(r)}".removesuffix(" ()") for r in timed)
 
     _one_by_one(run, "splits", tasks, 0.3, show)
 
@@ -379,7 +380,7 @@ def _list(wanted: Sequence[str]) -> int:
         "everything": [t.name for t in everything_tasks()],
         "conformance": [t.name for t in (*conformance_tasks(), *candidate_tasks("sm_90"))],
         "peers": [n for n in FORWARD_SHAPES if n in known], "backward": [n for n in BACKWARD_SHAPES if n in known],
-        "splits": list(tiling.SPLIT_CALLS), "tiles": list(tiling.problems()), "memory": ["triton", "gluon_hopper"],
+        "splits": [*tiling.SPLIT_CALLS, *tiling.CHUNK_CALLS], "tiles": list(tiling.problems()), "memory": ["triton", "gluon_hopper"],
         "sanitizer": [f"{name} {dense + paged}" for name, (dense, paged) in _TINY.items()] + [f"racecheck {_RACES}"],
     }  # fmt: skip
     for step, names in itertools.compress(listed.items(), [step in wanted for step in listed]):

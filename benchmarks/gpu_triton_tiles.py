@@ -15,9 +15,12 @@ import torch
 
 from benchmarks import tile_problems
 from benchmarks.tile_problem import Data, Where, unwritten
-from vllm_accel.dispatch.device import detect
+from vllm_accel.dispatch.backend import AttentionArgs
+from vllm_accel.dispatch.device import PRESETS, detect
+from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
 from vllm_accel.kernels.triton import splits
 from vllm_accel.kernels.triton.launch import Launch, run
+from vllm_accel.kernels.triton.paged_launch import Lie
 from vllm_accel.kernels.triton.tiles import Tile, lookup
 from vllm_accel.testing.oracle import attention_oracle, plain_attention
 from vllm_accel.testing.tolerance import assert_close, assert_lse_close
@@ -311,19 +314,25 @@ def time_tiles(name: str, indices: tuple[int, ...]) -> dict[str, Any]:
 
 
 class Decode(NamedTuple):
-    """A decode whose keys are shared out: lengths of its sequences, the entry of the table, blocks (0: dense keys)."""
+    """A decode whose keys are shared out: lengths of its sequences, the entry of the table, blocks, how keys lie."""
 
     used: list[int]
     key: str = "m16_d128"
     page: int = 16
     queries: int = 1
+    lie: Lie = "paged"
+    group: int = 4
 
 
 def _ragged(batch: int, longest: int) -> list[int]:
     return [keys for _, keys in ragged(batch, 1, longest)]
 
 
-#: 32 heads over 8, but for the latent one: 16 over 1.
+def _dense(batch: int, keys: int, **more: Any) -> Decode:
+    return Decode([keys] * batch, lie="dense", **more)
+
+
+#: 8 key heads of as many query heads as `group` says, but for the latent one: 16 over 1.
 SPLIT_CALLS = {
     "b32_4k": Decode([4096] * 32), "b32_4k_page64": Decode([4096] * 32, page=64), "b16_16k": Decode([16384] * 16),
     "b64_2k": Decode([2048] * 64), "b1_16k": Decode([16384]), "b1_32k": Decode([32768]), "b8_1k": Decode([1024] * 8),
@@ -332,8 +341,15 @@ SPLIT_CALLS = {
     "uneven_b64_32k": Decode(_ragged(64, 32768)), "one_32k_31_1k": Decode([32768, *[1024] * 31]),
     "one_32k_127_1k": Decode([32768, *[1024] * 127]), "b32_4k_e4m3": Decode([4096] * 32, "m16_d128_8bit"),
     "b32_4k_d64": Decode([4096] * 32, "m16_d64"), "b32_4k_latent": Decode([4096] * 32, "m16_d512", page=64),
-    "b32_4k_4_tokens": Decode([4096] * 32, queries=4), "dense_b32_4k": Decode([4096] * 32, page=0),
-    "dense_b1_16k": Decode([16384], page=0),
+    "b32_4k_4_tokens": Decode([4096] * 32, queries=4), "dense_b32_4k": _dense(32, 4096),
+    "dense_b1_512": _dense(1, 512), "dense_b1_2k": _dense(1, 2048), "dense_b1_8k": _dense(1, 8192),
+    "dense_b1_16k": _dense(1, 16384), "dense_b1_32k": _dense(1, 32768), "dense_b4_2k": _dense(4, 2048),
+    "dense_b4_8k": _dense(4, 8192), "dense_b16_512": _dense(16, 512), "dense_b16_2k": _dense(16, 2048),
+    "dense_b16_8k": _dense(16, 8192), "dense_b64_2k": _dense(64, 2048), "dense_b256_1k": _dense(256, 1024),
+    "dense_b12_43k_24_heads": _dense(12, 43290, group=3), "dense_b16_2k_64_heads": _dense(16, 2048, group=8),
+    "dense_b16_8k_d64": _dense(16, 8192, key="m16_d64"), "packed_b32_4k": Decode([4096] * 32, lie="packed"),
+    "packed_uneven_b16_8k": Decode(_ragged(16, 8192), lie="packed"),
+    "packed_uneven_b64_2k": Decode(_ragged(64, 2048), lie="packed"),
 }  # fmt: skip
 
 
@@ -343,14 +359,16 @@ def time_splits(name: str, where: Where | None = None) -> dict[str, Any]:
 
     where, call = where or here(), SPLIT_CALLS[name]
     latent = call.key.endswith("d512")
-    d, d_v, group, kv_heads = (576, 512, 16, 1) if latent else (*[int(call.key.split("_d")[1].split("_")[0])] * 2, 4, 8)
+    d, d_v, group, kv_heads = (
+        (576, 512, 16, 1) if latent else (*[int(call.key.split("_d")[1].split("_")[0])] * 2, call.group, 8)
+    )
     cache = _E4M3 if call.key.endswith("8bit") else _BF16
     tile = lookup("mla" if latent else "paged", where.arch, [call.key])
     row_bytes = (d if latent else d + d_v) * cache.itemsize
     calls, work = yardsticks(where.device, _BF16, small=where.device.type != "cuda")
     data = tile_problems.paged_data(
         where, d, d_v, cache, group, queries=call.queries, kv_heads=kv_heads, used=call.used, page=call.page,
-        dense=not call.page,
+        lie=call.lie,
     )  # fmt: skip
     room = splits.places(tile, row_bytes, splits.Gpu(where.sm_count))
     ways = {
@@ -372,6 +390,54 @@ def time_splits(name: str, where: Where | None = None) -> dict[str, Any]:
         for way, t in found.items()
     ]  # fmt: skip
     return {"copy_gbs": rate * 1e-9, "tile": tile._asdict(), "results": rows}
+
+
+class Chunk(NamedTuple):
+    """A dense causal call whose tiles may be too few for the GPU."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+
+
+#: Tiles of 128 rows -> calls of so many: batch, queries, heads, key heads.
+_TILES = {
+    8: (1, 128, 8, 2), 16: (1, 128, 16, 4), 24: (1, 128, 24, 8), 36: (1, 384, 12, 4), 48: (1, 256, 24, 8),
+    64: (1, 512, 16, 4), 72: (1, 384, 24, 8), 96: (1, 512, 24, 8), 112: (1, 512, 28, 7), 160: (1, 512, 40, 10),
+}  # fmt: skip
+CHUNK_CALLS = {
+    f"chunk_{tiles}_tiles_{keys // 1024}k": Chunk(batch, queries, keys, heads, kv_heads)
+    for keys in (1024, 2048, 4096, 8192, 16384)
+    for tiles, (batch, queries, heads, kv_heads) in _TILES.items()
+}
+CHUNK_CALLS |= {"chunk_264_of_3843": Chunk(1, 264, 3843, 12, 4), "chunk_3x179_of_11632": Chunk(3, 179, 11632, 12, 4)}
+
+
+def time_chunk(name: str, where: Where | None = None) -> dict[str, Any]:
+    """Time a chunk with its keys shared out and without, as CUDA graphs, in turns."""
+    from vllm_accel.backends.triton import BACKEND
+    from vllm_accel.backends.triton_decode import prepare_shared, shares_keys
+
+    where, (batch, queries, keys, heads, kv_heads) = where or here(), CHUNK_CALLS[name]
+    sizes = ((batch, queries, heads, 128), *[(batch, keys, kv_heads, 128)] * 2)
+    q, k, v = (torch.randn(size, device=where.device, dtype=_BF16) for size in sizes)
+    features = Feature.CAUSAL | Feature.GQA
+    spec = AttentionSpec(_BF16, _BF16, heads, kv_heads, 128, 128, batch, queries, keys, Relation.SHORTER, features)
+    args = AttentionArgs(
+        *(None,) * 8, queries, keys, 128**-0.5, True, (-1, -1), 0.0, 0.0, False, False, False
+    )  # fmt: skip
+    device = detect(where.device) if where.device.type == "cuda" else PRESETS["h200"]
+    whole = BACKEND.bind(spec, device).prepare_whole(q, k, v, args)
+    ways = {"whole": whole, "shared": prepare_shared(spec, device, q, args)}
+    calls = {way: captured(functools.partial(call, q, k, v, args)) for way, call in ways.items()}
+    found = timing.in_turns(calls, timing.clock(where.device), ROUNDS)
+    rows = [{"way": way, "seconds": t.seconds, "error": t.error} for way, t in found.items()]
+    return {
+        "tiles": batch * heads * -(-queries // 128), "call": CHUNK_CALLS[name]._asdict(),
+        "chosen": "shared" if shares_keys(spec, q, k, v, args, device.sm_count or 0) else "whole", "results": rows,
+    }  # fmt: skip
 
 
 def _row(
@@ -398,17 +464,25 @@ def _graph(launches: tuple[Launch, ...]) -> Callable[[], Any]:
     It keeps their tensors alive. Their addresses are in the graph, and the next capture gives unused memory back to the
     driver: a replay would write partial results where no memory is.
     """
-    for launch in launches:
-        run(launch)
+
+    def call() -> None:
+        for launch in launches:
+            run(launch)
+
+    return captured(call)
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Return what replays a call that has run once; it keeps what the call has, and what it returned, alive."""
+    call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for launch in launches:
-            run(launch)
-    return functools.partial(_replay, graph, launches)
+        kept = call()
+    return functools.partial(_replay, graph, (call, kept))
 
 
-def _replay(graph: torch.cuda.CUDAGraph, launches: tuple[Launch, ...]) -> None:
+def _replay(graph: torch.cuda.CUDAGraph, kept: Any) -> None:
     graph.replay()
 
 

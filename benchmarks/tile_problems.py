@@ -270,16 +270,18 @@ def _cached(kernel: str, d: int, d_v: int, rope: int) -> Iterator[Entry]:
 
 def paged_data(
     where: Where, d: int, d_v: int, cache: torch.dtype, group: int, *,
-    queries: int, kv_heads: int, used: list[int], page: int = 0, dense: bool = False,
+    queries: int, kv_heads: int, used: list[int], page: int = 0, lie: paged_launch.Lie = "paged",
 ) -> Data:  # fmt: skip
     """Return a call over a paged cache whose sequences have `used` keys each, in blocks of `page` (0: 16 or 64).
 
     Its launches take a number of splits of each sequence too, and a number of teams, 0 for what the plan chooses.
 
     Args:
-        dense: each sequence is a block, as `backends.triton_decode` has it; all are equally long.
+        lie: how keys lie, as `backends.triton_decode` has it: dense sequences are equally long.
     """
-    page, batch = max(used) if dense else page or (64 if max(used) > 1000 else 16), len(used)
+    page, batch = page or (64 if max(used) > 1000 else 16), len(used)
+    if lie != "paged":
+        page = max(used) if lie == "dense" else 1
     wanted = [-(-n // page) for n in used]
     dtype = torch.float32 if cache is torch.float32 else torch.bfloat16
     mla = d != d_v
@@ -290,16 +292,18 @@ def paged_data(
     def ints(values: Tensor) -> Tensor:
         return values.to(torch.int32).to(where.device)
 
-    order = torch.arange(batch) if dense else torch.randperm(sum(wanted), generator=torch.Generator().manual_seed(3))
+    order = torch.arange(sum(wanted))
+    if lie == "paged":
+        order = torch.randperm(sum(wanted), generator=torch.Generator().manual_seed(3))
     table = torch.nn.utils.rnn.pad_sequence(list(order.split(wanted)), batch_first=True)
+    counts, ends = torch.tensor(used), torch.tensor([0, *used]).cumsum(0)
     args = PagedArgs(
-        ints(torch.arange(batch + 1) * queries), ints(table), ints(torch.tensor(used)),
+        ints(torch.arange(batch + 1) * queries), ints(table), ints(ends if lie == "packed" else counts),
         None, None, None, None, None, queries, max(used), d**-0.5, True, (-1, -1), 0.0, True, False, False,
     )  # fmt: skip
     out = unwritten((*q.shape[:2], d_v), dtype, where.device)
     lse = unwritten((q.shape[1], q.shape[0]), torch.float32, where.device)
     chip = paged_launch.chip_of(where.arch)
-    lie: paged_launch.Lie = "dense" if dense else "paged"
 
     def launches(
         tile: Tile, num_splits: int = 0, chip: paged_launch.Chip = chip, teams: int = 0
@@ -324,7 +328,7 @@ def paged_data(
         return tuple(made)
 
     def verify() -> None:
-        lengths = {"cu_seqlens_q": args.cu_seqlens_q, "block_table": args.block_table, "seqused_k": args.seqused_k}
+        lengths = {"cu_seqlens_q": args.cu_seqlens_q, "block_table": args.block_table, "seqused_k": ints(counts)}
         # Values of 8 bits are exact in either: the kernel has to multiply the same numbers.
         caches = (k.to(dtype), v.to(dtype))
         want, want_lse = attention_paged_oracle(q, *caches, causal=True, **lengths)

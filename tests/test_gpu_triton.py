@@ -111,22 +111,35 @@ def test_a_case_can_be_assembled_by_either(ptxas: str, monkeypatch: pytest.Monke
     assert len({t.name for t in gpu_triton.everything_tasks()}) == 8 + len(work.COMBINED_CASES)
 
 
-@pytest.mark.parametrize("page", [16, 0])
-def test_ways_to_share_keys_are_timed(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lie", ["paged", "dense", "packed"])
+def test_ways_to_share_keys_are_timed(lie: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, without a launch: what each way launches, and the row that comes of it."""
     launched = []
-    monkeypatch.setattr(tiling, "SPLIT_CALLS", {"small": tiling.Decode([4096] * 4, page=page)})
+    monkeypatch.setattr(tiling, "SPLIT_CALLS", {"small": tiling.Decode([4096] * 4, lie=lie)})
     monkeypatch.setattr(tiling, "_graph", lambda launches: launched.append(launches) or (lambda: None))
     monkeypatch.setattr(tiling.tile_problems, "random_tensor", lambda shape, dtype, *_: torch.empty(shape, dtype=dtype))
     row = tiling.time_splits("small", Where(torch.device("cpu"), "sm_90"))
     assert all(r["seconds"] and r["of_copy"] and not r["error"] for r in row["results"])
     names = {r["way"]: [launch.fn.__name__ for launch in n] for r, n in zip(row["results"], launched, strict=True)}
-    planned = ["stream_attention"] if page else ["paged_attention", "combine_splits"]  # even lengths: equal parts
+    planned = (
+        ["stream_attention"] if lie != "dense" else ["paged_attention", "combine_splits"]
+    )  # even lengths: equal parts
     assert names.pop("chosen") == planned and names.pop("one team a sequence") == planned[:1]
     assert all(n == ["stream_attention"] for n in names.values())
     programs = {r["way"]: r["programs"] for r in row["results"]}
-    assert programs["one team a sequence"] == 4 * 8 + (0 if page else 8)  # which see to rows past the last sequence
+    assert programs["one team a sequence"] == 4 * 8 + (
+        8 if lie == "dense" else 0
+    )  # which see to rows past the last sequence
     assert programs["busy places"] < min(programs["all places"], programs["twice the busy places"])
+
+
+def test_chunks_are_timed_with_their_keys_shared_out_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(tiling, "CHUNK_CALLS", {"small": tiling.Chunk(1, 10, 5000, 4, 2)})
+    monkeypatch.setattr(tiling, "captured", lambda call: called.append(call) or (lambda: None))
+    row = tiling.time_chunk("small", Where(torch.device("cpu"), "sm_90"))
+    assert (row["tiles"], row["chosen"], len(called)) == (4, "shared", 2)
+    assert [r["way"] for r in row["results"]] == ["whole", "shared"] and all(r["seconds"] for r in row["results"])
 
 
 def test_a_graph_keeps_the_tensors_that_it_writes_to(monkeypatch: pytest.MonkeyPatch) -> None:

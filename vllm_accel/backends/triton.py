@@ -195,6 +195,10 @@ class TritonAttention:
 
         if shares_keys(self._spec, q, k, v, args, self._device.sm_count):
             return prepare_shared(self._spec, self._device, q, tidy(args))
+        return self.prepare_whole(q, k, v, args)
+
+    def prepare_whole(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Forward:
+        """Return `forward` by the kernel whose programs have all keys of their queries."""
         if not self._fp32_products:
             return self._bind(q, k, v, args, tf32=False)
         # The switch may be turned between two calls of one plan. The other way is bound by the call that needs it: what
