@@ -380,7 +380,8 @@ def _list(wanted: Sequence[str]) -> int:
         "everything": [t.name for t in everything_tasks()],
         "conformance": [t.name for t in (*conformance_tasks(), *candidate_tasks("sm_90"))],
         "peers": [n for n in FORWARD_SHAPES if n in known], "backward": [n for n in BACKWARD_SHAPES if n in known],
-        "splits": [*tiling.SPLIT_CALLS, *tiling.CHUNK_CALLS], "tiles": list(tiling.problems()), "memory": ["triton", "gluon_hopper"],
+        "splits": [*tiling.SPLIT_CALLS, *tiling.CHUNK_CALLS], "tiles": list(tiling.problems()),
+        "memory": ["triton", "gluon_hopper"],
         "sanitizer": [f"{name} {dense + paged}" for name, (dense, paged) in _TINY.items()] + [f"racecheck {_RACES}"],
     }  # fmt: skip
     for step, names in itertools.compress(listed.items(), [step in wanted for step in listed]):

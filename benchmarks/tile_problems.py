@@ -324,7 +324,7 @@ def paged_data(
             kind = {"chip": chip, "mla": mla, "lie": lie}
             made.append(paged_launch.attention_launch(work, q, k, v, out, lse, part, args, **kind))
             if work.split and not work.teams and part is not None:
-                made.append(paged_launch.combine_launch(work, out, lse, part, args))
+                made.append(paged_launch.combine_launch(work, out, lse, part, args, lie))
         return tuple(made)
 
     def verify() -> None:

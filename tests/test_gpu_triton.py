@@ -11,6 +11,7 @@ import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -121,15 +122,9 @@ def test_ways_to_share_keys_are_timed(lie: Any, monkeypatch: pytest.MonkeyPatch)
     row = tiling.time_splits("small", Where(torch.device("cpu"), "sm_90"))
     assert all(r["seconds"] and r["of_copy"] and not r["error"] for r in row["results"])
     names = {r["way"]: [launch.fn.__name__ for launch in n] for r, n in zip(row["results"], launched, strict=True)}
-    planned = (
-        ["stream_attention"] if lie != "dense" else ["paged_attention", "combine_splits"]
-    )  # even lengths: equal parts
-    assert names.pop("chosen") == planned and names.pop("one team a sequence") == planned[:1]
     assert all(n == ["stream_attention"] for n in names.values())
     programs = {r["way"]: r["programs"] for r in row["results"]}
-    assert programs["one team a sequence"] == 4 * 8 + (
-        8 if lie == "dense" else 0
-    )  # which see to rows past the last sequence
+    assert programs["one team a sequence"] == 4 * 8
     assert programs["busy places"] < min(programs["all places"], programs["twice the busy places"])
 
 

@@ -153,6 +153,17 @@ def test_only_calls_that_take_longer_than_the_host_are_read_by_tma(monkeypatch: 
     assert not short and long and short_tile == kernel._tile != long_tile == kernel._tma_tile
 
 
+def test_few_causal_tiles_come_by_pointers() -> None:
+    """Alone on a multiprocessor, 64 rows by TMA take longer than 128 by pointers: 173 us instead of 136."""
+
+    def worth(heads: int, causal: bool = True, head_dim: int = 128, sm_count: int = 132) -> bool:
+        q, k = torch.empty(1, 500, heads, head_dim, device="meta"), torch.empty(1, 8192, 1, head_dim, device="meta")
+        return forward_launch.worth_tma(q, k, causal, 128, sm_count)
+
+    assert [worth(heads) for heads in (14, 16, 33, 34, 64)] == [False, False, False, True, True]
+    assert worth(33, causal=False) and worth(33, head_dim=256) and worth(33, sm_count=0) and not worth(14, sm_count=0)
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [

@@ -159,22 +159,45 @@ def test_chips() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_dense_decode_fits(arch: str) -> None:
-    """Keys that lie in one block of any length: no more registers than over pages, and three blocks as there."""
-    q, k = (torch.empty(shape, device="meta", dtype=BF16) for shape in ((32, 32, 128), (32, 4097, 8, 128)))
-    ints = [torch.empty(n, device="meta", dtype=torch.int32) for n in ((33,), (32, 1), (32,))]
+def launch_without_pages(arch: str, lie: paged_launch.Lie, group: int = 4) -> Launch:
+    """Return the launch of a decode of 32 sequences of 4097 keys each."""
+    q, k = (torch.empty(shape, device="meta", dtype=BF16) for shape in ((32, 8 * group, 128), (32, 4097, 8, 128)))
+    if lie == "packed":
+        k = k.view(-1, 1, 8, 128)
+    ints = [torch.empty(n, device="meta", dtype=torch.int32) for n in (33, 33, 33)]
     args = PagedArgs(*ints, *(None,) * 5, 1, 4097, 0.1, True, (-1, -1), 0.0, True, False, False)
-    sizes = paged_launch.sizes_of(q, k, args, lie="dense")
+    sizes = paged_launch.sizes_of(q, k, args, lie=lie)
     (work,) = splits.plan_work(
         sizes, lambda rows, form: paged_launch.choose_tile(arch, rows, 128, 128, BF16, BF16, False, form), H200
     )
-    out, lse = torch.empty_like(q), torch.empty(32, 32, device="meta")
-    part = torch.empty(splits.scratch((work,), sizes), device="meta")
-    made = paged_launch.attention_launch(
-        work, q, k, k, out, lse, part, args, mla=False, chip=paged_launch.chip_of(arch), lie="dense"
+    out, lse = torch.empty_like(q), torch.empty(8 * group, 32, device="meta")
+    part = torch.empty(max(1, splits.scratch((work,), sizes)), device="meta")
+    return paged_launch.attention_launch(
+        work, q, k, k, out, lse, part, args, mla=False, chip=paged_launch.chip_of(arch), lie=lie
     )
-    assert made.constexprs["PAGE"] == 0
+
+
+@pytest.mark.parametrize("lie", ["dense", "packed"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
+def test_decodes_without_pages_fit(arch: str, lie: paged_launch.Lie) -> None:
+    """As many programs share a multiprocessor as over pages."""
+    made = launch_without_pages(arch, lie)
+    assert made.fn.__name__ == "stream_attention"
+    assert made.constexprs["PAGE"] == {"dense": pages.DENSE, "packed": pages.PACKED}[lie].value
+    # One sequence has so many parts: as many at a time as there are registers for.
+    assert made.constexprs["JOIN_S"] == (32 if (arch, lie) == ("sm_90", "dense") else 16)
+    blocks = 1
+    if arch.startswith("sm_"):
+        tile = Tile(16, made.constexprs["BLOCK_N"], made.num_warps, made.num_stages)
+        blocks = splits.places(tile, 512, splits.Gpu(1, SHARED_LIMIT[arch])).busy
+    assert_good(made, arch, blocks=blocks)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_dense_decodes_in_equal_parts_fit(arch: str) -> None:
+    """Three programs share a multiprocessor."""
+    made = launch_without_pages(arch, "dense", group=8)
+    assert made.fn.__name__ == "paged_attention"
     assert_good(made, arch, blocks=3)
 
 
@@ -298,15 +321,31 @@ def test_a_decode_has_as_many_teams_as_keep_the_memory_busy() -> None:
     # Sequences that are not worth cutting have a team each, and nothing is joined.
     short = planned(3, keys=512)
     assert (short.teams, short.num_splits, short.split) == (3, 1, False)
-    # Equal lengths, and one sequence, are cut into equal parts, which another launch joins if there are some.
-    for even, splits_of in ((planned(400, even=True), 1), (planned(16, keys=16384, even=True), 2)):
-        assert (even.teams, even.num_splits, even.split, even.grows) == (0, splits_of, splits_of > 1, True)
+    # Equal lengths are no different where a sequence has few rows. Else, and of one sequence over pages, they are cut
+    # into equal parts, which another launch joins if there are some.
+    assert planned(16, even=True) == planned(16) and planned(1, even=True).teams == 33
+    for rows in ({"num_heads": 40}, {"max_seqlen_q": 2, "tokens": 800}):
+        for even, splits_of in ((planned(400, even=True, **rows), 1), (planned(16, 16384, even=True, **rows), 2)):
+            assert (even.teams, even.num_splits, even.split, even.grows) == (0, splits_of, splits_of > 1, True)
     alone = planned(1, keys=32768)
     assert alone.teams == 0 and alone.num_splits > 16
     # Latent attention has shares, of which a mean sequence has some, unless its sequences fill the GPU.
     for batch, goal, splits_of, programs in ((32, 1, 64, 64), (64, 0, 2, 128)):
         latent = planned(batch, mla=True)
         assert (latent.teams, latent.goal, latent.num_splits, latent.parts(batch)) == (0, goal, splits_of, programs + 1)
+
+
+def test_known_parts_of_chunks() -> None:
+    """What an H200 was fastest with, of those that were tried: tiles of 128 rows, 128 channels."""
+    room = splits.places(Tile(128, 64, 8, 3), 512, H200, 8)
+    assert room.all == 132  # one a multiprocessor
+    for tiles, keys, parts in ((28, 3843, 4), (60, 11632, 2), (72, 8192, 5), (112, 8192, 1), (128, 4096, 1)):
+        assert splits.choose_parts(tiles, room, keys) == parts
+    assert splits.choose_parts(1, room, 2**20) <= splits.MAX_SPLITS and splits.choose_parts(1, room, 300) == 1
+    # Of equally long sequences the tiles are known: 3 of 537 rows for each key head have 15, not 13.
+    sizes = Sizes(537, 3, 12, 4, 128, 179, 11632, 0, False, False, even=True)
+    (work,) = splits.plan_work(sizes, lambda rows, form: Tile(128, 64, 8, 3), H200)
+    assert (work.num_splits, work.search) == (2, True)
 
 
 def test_known_numbers_of_teams() -> None:

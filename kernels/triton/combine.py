@@ -11,7 +11,7 @@ Tiles: a program joins one row of one head, BLOCK_S splits at a time, or merges 
 
 import triton
 import triton.language as tl
-from vllm_accel.kernels.triton.pages import query_span, shares_of
+from vllm_accel.kernels.triton.pages import first_token, query_span, shares_of
 from vllm_accel.kernels.triton.scores import LN2, LOG2E
 
 
@@ -33,7 +33,7 @@ def combine_splits(
     stride = part_rows.to(tl.int64) * num_heads
     if SEARCH:
         token = row
-        mine = token < tl.load(cu_seqlens + batch)
+        mine = token < first_token(cu_seqlens, batch, batch, tokens)
     else:
         sequence = row // high_q
         first, len_q = query_span(cu_seqlens, sequence, batch, tokens)

@@ -73,6 +73,21 @@ def work_of(q: Tensor, k: Tensor, causal: bool) -> float:
     return 4.0 * batch * heads * seqlen_q * k.shape[1] * head_dim * (0.5 if causal and seqlen_q == k.shape[1] else 1.0)
 
 
+def worth_tma(q: Tensor, k: Tensor, causal: bool, block_m: int, sm_count: int) -> bool:
+    """Tell whether tiles of a dense call should come by TMA.
+
+    Those are of 64 rows, of which one takes as long as three at a time. Where 128 rows at a time find a multiprocessor
+    each they are faster: 64, 96 and 128 tiles of 128 rows took 136 to 140 us and 173 to 178 by TMA, 144 and 160 tiles
+    264 and 181 (causal, 8k keys of 128 channels on an H200, 2026-12-01; others were not timed).
+
+    Args:
+        block_m: rows of a tile that comes by pointers. sm_count: multiprocessors, 0 if unknown.
+    """
+    batch, seqlen_q, heads, head_dim = q.shape
+    few = causal and head_dim == 128 and batch * heads * -(-seqlen_q // block_m) <= sm_count
+    return work_of(q, k, causal) >= TMA_WORK and not few
+
+
 def describable(*tensors: Tensor) -> bool:
     """Tell whether TMA can read (..., tokens, heads, size): not empty, and strides positive multiples of 16 bytes."""
     for t in tensors:

@@ -10,12 +10,12 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from vllm_accel.dispatch.backend import AttentionArgs, PagedArgs
-from vllm_accel.kernels.triton import pages
+from vllm_accel.kernels.triton import pages, splits
 from vllm_accel.kernels.triton.combine import combine_splits
 from vllm_accel.kernels.triton.launch import Launch
 from vllm_accel.kernels.triton.paged import paged_attention
 from vllm_accel.kernels.triton.scores import folds
-from vllm_accel.kernels.triton.splits import DECODE_TOKENS, MIN_SPLIT, Sizes, Work
+from vllm_accel.kernels.triton.splits import DECODE_TOKENS, Sizes, Work
 from vllm_accel.kernels.triton.stream import stream_attention
 from vllm_accel.kernels.triton.tiles import Tile, lookup
 
@@ -31,14 +31,13 @@ _JOINED_FLOATS = 4096
 _STREAM_FLOATS, _STREAM_ROWS = 8192, 4
 
 
-PEEL_SPLITS = True
 #: Keys that a sequence has at most, and offsets within a block.
 _LONGEST = 2**31 - 1
 #: Keys that a tile may read past the last one's place.
 LONGEST_STEP = 128
 
-#: Where a call's sequences are: cu_seqlens_q, block_table, seqused_k.
-Where = tuple[Tensor, Tensor, Tensor]
+#: Where a call's sequences are: cu_seqlens_q, block_table, seqused_k, of which only pages need all.
+Where = tuple[Tensor | None, Tensor | None, Tensor | None]
 #: How keys lie: "paged"; "dense", as many of each sequence, each of which is a block; "packed", one sequence behind the
 #: other, where every token is a block of one slot, seqused_k is cu_seqlens_k and nobody reads the table.
 Lie = Literal["paged", "dense", "packed"]
@@ -46,9 +45,11 @@ Lie = Literal["paged", "dense", "packed"]
 Options = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def where_of(args: PagedArgs) -> Where:
-    """Return the three tensors that say where a call's sequences are."""
-    return args.cu_seqlens_q, args.block_table, args.seqused_k
+def where_of(args: PagedArgs, lie: Lie = "paged") -> Where:
+    """Return the tensors that say where a call's sequences are."""
+    if lie == "dense":
+        return None, None, None
+    return args.cu_seqlens_q, args.block_table if lie == "paged" else None, args.seqused_k
 
 
 def options_of(args: PagedArgs | AttentionArgs) -> Options:
@@ -119,6 +120,11 @@ def limit_of(k_cache: Tensor, v_cache: Tensor, args: PagedArgs, lie: Lie) -> int
     return min(args.block_table.shape[1] * v_cache.shape[1], _LONGEST)
 
 
+def row_bytes_of(q: Tensor, v_cache: Tensor, mla: bool) -> int:
+    """Return the bytes of a key and its value."""
+    return int((q.shape[2] + (0 if mla else v_cache.shape[3])) * v_cache.dtype.itemsize)
+
+
 def sizes_of(q: Tensor, v_cache: Tensor, args: PagedArgs, *, mla: bool = False, lie: Lie = "paged") -> Sizes:
     """Return the exact sizes of a call, that decide how it is cut up."""
     left, right = args.window_size
@@ -128,7 +134,7 @@ def sizes_of(q: Tensor, v_cache: Tensor, args: PagedArgs, *, mla: bool = False, 
         tokens=q.shape[0], batch=args.cu_seqlens_q.shape[0] - 1, num_heads=q.shape[1], num_kv_heads=v_cache.shape[2],
         head_dim_v=v_cache.shape[3], max_seqlen_q=args.max_seqlen_q, max_seqlen_k=args.max_seqlen_k, window=window,
         batch_invariant=args.batch_invariant, sinks=args.sinks is not None,
-        row_bytes=(q.shape[2] + (0 if mla else v_cache.shape[3])) * v_cache.dtype.itemsize, even=lie == "dense",
+        row_bytes=row_bytes_of(q, v_cache, mla), even=lie == "dense",
         most=min(
             left + max(right, 0) + DECODE_TOKENS if left >= 0 else _LONGEST,
             limit_of(v_cache, v_cache, args, lie),
@@ -173,6 +179,8 @@ def attention_launch(
     # More than eight pages are not worth an instruction each. Tiles of 64 rows wait for products rather than for keys.
     per_tile, rest = divmod(work.tile.block_n, page) if page > 0 else (0, 0)
     entries = chip.shuffles and not mla and work.tile.block_m < 64 and rest == 0 and 2 <= per_tile <= 8
+    where = where_of(args, lie)
+    row_bytes = row_bytes_of(q, v_cache, mla)
     constexprs = {
         "GROUP": heads // kv_heads, "D": head_dim - rope, "DV": head_dim_v, "BLOCK_D": padded(head_dim - rope),
         "BLOCK_DV": padded(head_dim_v), "PAGE": page, "BLOCK_M": work.tile.block_m, "BLOCK_N": work.tile.block_n,
@@ -189,21 +197,26 @@ def attention_launch(
     tokens, batch = q.shape[0], args.cu_seqlens_q.shape[0] - 1
     if work.teams:
         together = max(1, _STREAM_FLOATS // (_STREAM_ROWS * padded(head_dim_v)))
-        constexprs |= {"UNIT": work.unit, "LEAST": MIN_SPLIT, "JOIN_S": together, "JOIN_R": _STREAM_ROWS}
+        # One dense sequence has 33 parts on an H200. 32 at a time take 3 us less than 16 (27.1 us for 8k keys,
+        # 2026-12-01), and registers, which programs have that need not share a multiprocessor with two others.
+        if lie == "dense" and 2 * splits.on_their_way(work.tile, row_bytes) >= splits.IN_FLIGHT:
+            together *= 2
+        constexprs |= {"UNIT": work.unit, "JOIN_S": together, "JOIN_R": _STREAM_ROWS}
         cut: tuple[int, ...] = (work.teams, work.num_splits, work.most, work.tiles, work.high_q, int(work.tail))
     else:
         constexprs |= {"SEARCH": work.search, "SPLIT": work.split or work.grows, "FIXED": work.fixed}
         constexprs |= {"SPREAD": work.goal > 0}
-        constexprs |= {"PEEL": work.search and (PEEL_SPLITS or not work.split)}
+        constexprs |= {"PEEL": work.search}
         cut = (work.num_splits, work.goal, work.most, work.tiles, work.low_q, work.high_q, work.part_rows)
     return Launch(
         fn=stream_attention if work.teams else paged_attention,
         grid=(work.tiles * work.parts(batch) * kv_heads, 1, 1),
         args=(
-            *attention_tensors(q, k_cache, v_cache, out, lse, part, where_of(args), options_of(args), chip.native_e4m3),
+            *attention_tensors(q, k_cache, v_cache, out, lse, part, where, options_of(args), chip.native_e4m3),
             args.softmax_scale, args.softcap, max(left, 0), max(right, 0), tokens, batch, num_blocks,
             limit_of(k_cache, v_cache, args, lie), kv_heads, *cut,
-            *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], args.block_table.stride(0),
+            *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+            args.block_table.stride(0) if lie == "paged" else 0,
         ),
         constexprs=constexprs,
         num_warps=work.tile.num_warps,
@@ -222,23 +235,26 @@ def attention_tensors(
     return (q, k_cache, v_cache, *where, out, lse, part, *options)
 
 
-def combine_launch(work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs) -> Launch:
+def combine_launch(
+    work: Work, out: Tensor, lse: Tensor | None, part: Tensor, args: PagedArgs, lie: Lie = "paged"
+) -> Launch:
     """Return the launch that joins the splits of `attention_launch`."""
     tokens, heads, head_dim_v = out.shape
     batch, width = args.cu_seqlens_q.shape[0] - 1, padded(head_dim_v)
-    together = _JOINED if work.fixed else max(_JOINED, _JOINED_FLOATS // width)
+    # A prefill has many rows of few parts: one warp for each, and 30 us less than four for 72 tiles over 8k keys.
+    together = _JOINED if work.fixed or work.search else max(_JOINED, _JOINED_FLOATS // width)
     return Launch(
         fn=combine_splits,
         grid=(tokens if work.search else batch * work.high_q, heads, 1),
         args=(
-            *combine_tensors(out, lse, part, where_of(args), args.sinks), tokens, batch, heads, work.num_splits,
+            *combine_tensors(out, lse, part, where_of(args, lie), args.sinks), tokens, batch, heads, work.num_splits,
             work.goal, work.most, work.low_q, work.high_q, work.part_rows,
         ),
         constexprs={
             "DV": head_dim_v, "BLOCK_DV": width, "BLOCK_S": together, "SEARCH": work.search,
             "SPREAD": work.goal > 0, "SINKS": args.sinks is not None,
         },
-        num_warps=4,
+        num_warps=1 if work.search else 4,
         num_stages=2,
     )  # fmt: skip
 

@@ -19,6 +19,15 @@ PACKED: tl.constexpr = tl.constexpr(-1)
 
 
 @triton.jit
+def first_token(cu_seqlens, sequence, batch, tokens):
+    """Return where a sequence begins, inside the tensor whatever cu_seqlens holds; without it all are equally long."""
+    if cu_seqlens is None:
+        return sequence * (tokens // batch)
+    else:
+        return tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), tokens)
+
+
+@triton.jit
 def find_sequence(region, cu_seqlens, batch, tokens, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """Return (sequence, tile in it) of one of the ``tokens * GROUP // BLOCK_M + batch + 1`` regions of a launch.
 
@@ -29,20 +38,27 @@ def find_sequence(region, cu_seqlens, batch, tokens, GROUP: tl.constexpr, BLOCK_
     high = batch + 1
     while high - low > 1:
         middle = (low + high) // 2
-        first = tl.minimum(tl.maximum(tl.load(cu_seqlens + middle), 0), tokens)
+        first = first_token(cu_seqlens, middle, batch, tokens)
         inside = first * GROUP // BLOCK_M + middle <= region
         low = tl.where(inside, middle, low)
         high = tl.where(inside, high, middle)
-    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + low), 0), tokens)
+    first = first_token(cu_seqlens, low, batch, tokens)
     return low, tl.maximum(region - (first * GROUP // BLOCK_M + low), 0)
 
 
 @triton.jit
 def query_span(cu_seqlens, sequence, batch, tokens):
-    """Return (first token, number of tokens), inside the tensor whatever cu_seqlens holds; see `find_sequence`."""
-    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence, mask=sequence <= batch, other=0), 0), tokens)
-    after = tl.load(cu_seqlens + sequence + 1, mask=sequence < batch, other=tokens)
-    return first, tl.minimum(tl.maximum(after, first), tokens) - first
+    """Return (first token, number of tokens), inside the tensor whatever cu_seqlens holds; see `find_sequence`.
+
+    Without cu_seqlens all sequences are equally long: a dense call's are read from nowhere.
+    """
+    if cu_seqlens is None:
+        count = tokens // batch
+        return sequence * count, count
+    else:
+        first = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence, mask=sequence <= batch, other=0), 0), tokens)
+        after = tl.load(cu_seqlens + sequence + 1, mask=sequence < batch, other=tokens)
+        return first, tl.minimum(tl.maximum(after, first), tokens) - first
 
 
 @triton.jit

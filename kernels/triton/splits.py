@@ -26,7 +26,15 @@ IN_FLIGHT = 128 * 1024
 _BESIDE = 7 * 1024
 #: Keys of a split where nothing about the batch may change a sum. Compiled, not timed.
 INVARIANT_SPLIT = 1024
-WARPS = 8
+#: What a part of a tile of many rows costs beside its keys, in keys: its partial results are written, read and joined.
+#: An H200 took as long as this says for 24 to 96 tiles of 128 rows, 3843 to 11632 keys in 1 to 7 parts (2026-12-01).
+PART = 430
+#: Warps that share a multiprocessor in a prefill, by their registers.
+_PREFILL_WARPS = 8
+#: Rows of a sequence and key head up to which equally long sequences are a stream. It has one launch, which saves the
+#: host 8 us; but the last of a sequence's programs joins all of its rows, and with 8 and 16 that took 5 and 7 us more
+#: than another launch to join them does (4 x 8k with 64 heads, 7 x 3k with 4 queries; an H200, 2026-12-01).
+STREAM_ROWS = 4
 #: Any number of query tokens.
 UNLIMITED = 2**31 - 1
 
@@ -122,14 +130,22 @@ class Places(NamedTuple):
     busy: int
 
 
-def places(tile: Tile, row_bytes: int, gpu: Gpu) -> Places:
+def on_their_way(tile: Tile, row_bytes: int) -> int:
+    """Return the bytes that a program of a tile has on their way."""
+    return max(1, tile.num_stages - 1) * tile.block_n * row_bytes
+
+
+def places(tile: Tile, row_bytes: int, gpu: Gpu, warps: int = 16) -> Places:
     """Return the places for programs of a tile.
 
     As many as share a multiprocessor by shared memory, and by registers, of which decode tiles take 128 a thread and
     more (tests/test_triton_paged_compile.py checks how many share one): at most 16 warps.
+
+    Args:
+        warps: at most, where it is fewer: tiles of a prefill take 200 registers a thread.
     """
-    ahead = max(1, tile.num_stages - 1) * tile.block_n * row_bytes
-    resident = max(1, min((WARPS if tile.block_m >= 64 else 16) // tile.num_warps, gpu.shared // (ahead + _BESIDE)))
+    ahead = on_their_way(tile, row_bytes)
+    resident = max(1, min(warps // tile.num_warps, gpu.shared // (ahead + _BESIDE)))
     return Places(gpu.sm_count * resident, gpu.sm_count * min(resident, -(-IN_FLIGHT // ahead)))
 
 
@@ -151,6 +167,18 @@ def choose_splits(blocks: int, room: Places, keys: int, most: int = MAX_SPLITS) 
 
     enough = min(map(spent, range(1, most + 1))) / 0.95
     return next(n for n in range(1, most + 1) if spent(n) <= enough)
+
+
+def choose_parts(blocks: int, room: Places, keys: int) -> int:
+    """Return into how many parts the keys are cut for `blocks` tiles that wait for products, not for the memory.
+
+    Programs run in waves of `room.all`, and one that is not full takes as long; a part takes PART more than its keys.
+    """
+
+    def spent(parts: int) -> float:
+        return -(-blocks * parts // room.all) * (keys / parts + PART * (parts > 1))
+
+    return min(range(1, max(1, min(MAX_SPLITS, keys // MIN_SPLIT)) + 1), key=spent)
 
 
 def choose_teams(heads: int, batch: int, room: Places) -> int:
@@ -181,11 +209,13 @@ def plan_work(sizes: Sizes, tile_for: Callable[[int, str], Tile], gpu: Gpu, num_
     tiles = sizes.tokens * group // tile.block_m + sizes.batch + 1
     # Regions, of which about one a sequence is empty (`pages.find_sequence`).
     blocks = -(-sizes.tokens * group // tile.block_m) * sizes.num_kv_heads
-    room = places(tile, sizes.row_bytes, gpu)
+    if sizes.even:
+        blocks = sizes.batch * -(-sizes.max_seqlen_q * group // tile.block_m) * sizes.num_kv_heads
+    room = places(tile, sizes.row_bytes, gpu, _PREFILL_WARPS)
     everything = Work(tile, True, tiles, 0, UNLIMITED, 1, 0, 0, False, sizes.tokens, True)
     if not sizes.batch_invariant:
         # Few tiles: one launch, with splits for long and short queries alike.
-        splits = num_splits or (choose_splits(blocks, room, _keys(sizes)) if 5 * blocks < 4 * room.all else 1)
+        splits = num_splits or choose_parts(blocks, room, _keys(sizes))
         # Nor another launch where no sequence can be as short as a decode, unless q has rows past the last one; then
         # that sequence is only slower. (Not with batch_invariant: the launch decides how it is summed.)
         long_only = sizes.tokens > (sizes.batch - 1) * sizes.max_seqlen_q + DECODE_TOKENS
@@ -210,7 +240,8 @@ def _decode(
         split = num_splits > 1 or sizes.sinks
         return Work(tile, False, tiles, 0, most, num_splits, 0, INVARIANT_SPLIT, split, batch * most, tail)
     heads, room, keys = tiles * sizes.num_kv_heads, places(tile, sizes.row_bytes, gpu), _keys(sizes)
-    even = _equally(sizes)
+    # One sequence has parts of its own as well, but in a stream its programs would have to read how long it is first.
+    even = most * group > STREAM_ROWS if sizes.even else batch == 1
     if even or sizes.mla:
         if heads * batch > room.all:
             tile = tile_for(rows, "many")
@@ -227,11 +258,6 @@ def _decode(
     teams = per * batch or choose_teams(heads, batch, room)
     assert (per or teams) < 1 << 16, "a counter of `join.py` counts so far"
     return Work(tile, False, tiles, 0, most, per, 0, 0, per != 1, most, tail, teams, tile.block_n, sizes.most)
-
-
-def _equally(sizes: Sizes) -> bool:
-    """Tell whether each sequence of a decode is cut into equal parts, known beforehand."""
-    return sizes.even or sizes.batch == 1
 
 
 def with_tile(work: Work, tile: Tile, sizes: Sizes) -> Work:

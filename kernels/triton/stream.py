@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from vllm_accel.kernels.triton.join import join_sequence
 from vllm_accel.kernels.triton.paged import attend_rows
-from vllm_accel.kernels.triton.pages import DENSE, add_sink, finish, keys_of, within, zero_rows
+from vllm_accel.kernels.triton.pages import add_sink, finish, first_token, keys_of, query_span, within, zero_rows
 from vllm_accel.kernels.triton.scores import LN2, LOG2E, keys_of_rows
-from vllm_accel.kernels.triton.teams import count_blocks, queries_of, range_of_team
+from vllm_accel.kernels.triton.teams import count_blocks, range_of_team
 
 
 @triton.jit(
@@ -32,7 +32,7 @@ def stream_attention(
     left, right, tokens, batch, num_blocks, limit, num_kv_heads, teams, per, most, tiles, high_q, tail,
     stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_tb,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, LEAST: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
     Q_DESCALE: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
     ROPE: tl.constexpr, BLOCK_R: tl.constexpr, FOLD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
@@ -49,7 +49,7 @@ def stream_attention(
         teams, per, most: see `teams.py`; `most` at most what a row of the table can name.
         tiles: of rows of a sequence, of which none that is computed has more than high_q tokens.
         tail: the rows past the last sequence are written too.
-        UNIT: keys of a block, a multiple of BLOCK_N. LEAST: keys that a team has at least.
+        UNIT: keys of a block, a multiple of BLOCK_N.
         JOIN_S, JOIN_R: of how many teams how many rows are joined at a time.
     """
     index = tl.program_id(0)
@@ -59,18 +59,18 @@ def stream_attention(
     team = worker // tiles
     num_heads = num_kv_heads * GROUP
     share, start, stop, sequence, before = range_of_team(
-        team, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, teams, per, most, high_q, PAGE, UNIT, LEAST
+        team, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, teams, per, most, high_q, PAGE, UNIT
     )
     SPAN: tl.constexpr = BLOCK_M // GROUP if BLOCK_M % GROUP == 0 else (BLOCK_M - 1) // GROUP + 2
     slots = teams.to(tl.int64) * high_q * num_heads
     part_lse = part_ptr + 2 * slots * DV
     counters = (part_lse + 2 * slots).to(tl.pointer_type(tl.int64), bitcast=True) + tile * num_kv_heads + kv_head
     place = team - start // share  # of the team that has block 0
-    token, len_q = queries_of(cu_seqlens, tl.minimum(sequence, batch), batch, tokens, high_q, PAGE)
+    token, len_q = query_span(cu_seqlens, tl.minimum(sequence, batch), batch, tokens)
     block, len_k = keys_of(seqused_k, sequence, batch, limit, num_blocks, PAGE)
     while (sequence < batch) & (before < stop):
         # Of the next sequence, so that nothing waits for it then.
-        next_token, next_q = queries_of(cu_seqlens, sequence + 1, batch, tokens, high_q, PAGE)
+        next_token, next_q = query_span(cu_seqlens, sequence + 1, batch, tokens)
         next_block, next_k = keys_of(seqused_k, sequence + 1, batch, limit, num_blocks, PAGE)
         n = count_blocks(len_k, len_q, most, high_q, UNIT)
         begin = tl.maximum(start - before, 0)
@@ -127,6 +127,6 @@ def stream_attention(
         before += n
         sequence += 1
         token, len_q, block, len_k = next_token, next_q, next_block, next_k
-    if (PAGE != DENSE) & (tail > 0):
-        past = tl.minimum(tl.maximum(tl.load(cu_seqlens + batch), 0), tokens)
+    if tail > 0:
+        past = first_token(cu_seqlens, batch, batch, tokens)
         zero_rows(out_ptr, lse_ptr, worker, teams * tiles, past, tokens, num_heads, kv_head, GROUP, DV, BLOCK_DV)

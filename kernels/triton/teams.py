@@ -9,7 +9,7 @@ sequence has so many teams of its own instead. Lengths are read here only, so a 
 
 import triton
 import triton.language as tl
-from vllm_accel.kernels.triton.pages import DENSE, keys_of, query_span
+from vllm_accel.kernels.triton.pages import DENSE, MIN_SPLIT, keys_of, query_span
 
 
 @triton.jit
@@ -24,22 +24,13 @@ def count_blocks(used, len_q, most, high_q, UNIT: tl.constexpr):
 
 
 @triton.jit
-def queries_of(cu_seqlens, sequence, batch, tokens, high_q, PAGE: tl.constexpr):
-    """Return (first token, number of tokens) as `pages.query_span`; of dense calls high_q each."""
-    if PAGE == DENSE:
-        return sequence * high_q, high_q
-    else:
-        return query_span(cu_seqlens, sequence, batch, tokens)
-
-
-@triton.jit
 def blocks_of(
     sequence, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, most, high_q, PAGE: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """Return how many blocks sequences of these numbers have; none from `batch` on."""
     _, used = keys_of(seqused_k, sequence, batch, limit, num_blocks, PAGE)
-    _, len_q = queries_of(cu_seqlens, sequence, batch, tokens, high_q, PAGE)
+    _, len_q = query_span(cu_seqlens, sequence, batch, tokens)
     return tl.where(sequence < batch, count_blocks(used, len_q, most, high_q, UNIT), 0)
 
 
@@ -72,7 +63,7 @@ def find_block(
 @triton.jit
 def range_of_team(
     team, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, teams, per, most, high_q, PAGE: tl.constexpr,
-    UNIT: tl.constexpr, LEAST: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Return (share, start, stop, sequence, before): a team has the blocks [start, stop), from this sequence on.
 
@@ -82,15 +73,15 @@ def range_of_team(
     if per > 0:
         sequence, before = team // per, 0
         n = blocks_of(sequence, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, most, high_q, PAGE, UNIT)
-        share = tl.maximum(tl.cdiv(n, per), LEAST // UNIT)
+        share = tl.maximum(tl.cdiv(n, per), MIN_SPLIT // UNIT)
         start = team % per * share
         stop = tl.minimum(start + share, n)
     elif PAGE == DENSE:  # nothing has to be looked for
-        n = count_blocks(limit, high_q, most, high_q, UNIT)
-        share = tl.maximum(tl.cdiv(n * batch, teams), LEAST // UNIT)
+        n = blocks_of(0, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, most, high_q, PAGE, UNIT)
+        share = tl.maximum(tl.cdiv(n * batch, teams), MIN_SPLIT // UNIT)
         start = team * share
         stop = tl.minimum(start + share, n * batch)
-        sequence = start // n
+        sequence = start // tl.maximum(n, 1)
         before = sequence * n
     else:
         total = 0
@@ -98,7 +89,7 @@ def range_of_team(
             others = b + tl.arange(0, 128)
             n = blocks_of(others, cu_seqlens, seqused_k, batch, tokens, limit, num_blocks, most, high_q, PAGE, UNIT)
             total += tl.sum(n, 0)
-        share = tl.maximum(tl.cdiv(total, teams), LEAST // UNIT)
+        share = tl.maximum(tl.cdiv(total, teams), MIN_SPLIT // UNIT)
         start = team * share
         stop = tl.minimum(start + share, total)
         sequence, before = find_block(

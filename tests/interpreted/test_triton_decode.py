@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import mmap
 import weakref
@@ -44,7 +45,7 @@ CASES = (
     Case("packed", "", seqlen_q=5, seqlen_k=300, layout="packed_qkv", options={"causal": True}, **_DECODE),
     Case("chunk", "", seqlen_q=21, seqlen_k=4110, options={"causal": True}, sinks=True,
          **{**_DECODE, "batch": 1, "num_heads": 2, "num_kv_heads": 1}),
-    Case("chunk, not causal", "", seqlen_q=150, seqlen_k=4097, **{**_DECODE, "batch": 1, "num_heads": 2}),
+    Case("chunk, not causal", "", seqlen_q=150, seqlen_k=1500, **{**_DECODE, "batch": 1, "num_heads": 2}),
     Case("packed decode", "", lengths=_UNEVEN, tail=3, **_PACKED),
     Case("packed, several", "", lengths=((3, 400), (8, 2), (0, 0), (1, 0), (2, 290)), tail=1, sinks=True,
          options={"causal": True}, **_PACKED),
@@ -56,6 +57,8 @@ CASES = (
     Case("packed, window", "", lengths=_UNEVEN, options={"window_size": (100, 1)}, alibi="heads", **_PACKED),
     Case("packed, descale", "", lengths=_UNEVEN, descale=True, **_PACKED),
     Case("packed, slices of one", "", lengths=((5, 400), (1, 600)), layout="packed_qkv", **_PACKED),
+    Case("few teams", "", seqlen_q=2, seqlen_k=700, sinks=True, options={"causal": True}, **{**_DECODE, "batch": 5}),
+    Case("a team each", "", seqlen_q=1, seqlen_k=300, alibi="batch", **{**_DECODE, "batch": 5}),
 )  # fmt: skip
 
 
@@ -79,7 +82,7 @@ def by_forward(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case, by_forward: list[int]) -> None:
     dtype = (torch.float16, torch.float32, torch.bfloat16)[CASES.index(case) % 3]
-    device = FEW if case.lengths else H200
+    device = FEW if case.lengths or case.batch > 2 else H200
     assert check_backend(BACKEND, case, dtype=dtype, device=device, where="cpu").ran
     assert not by_forward
 
@@ -125,10 +128,13 @@ def test_what_takes_the_forward_kernel() -> None:
         assert not shares(_args(100, 6000), _kernel(feature)._spec)
     far = torch.empty_strided((2, 600, 2, 16), (2**32, 2**22, 16, 1), device="meta")
     assert not shares(_args(1, 600), k=far)
-    # A chunk has a tile for each sequence, head and 128 queries: 8, 40 and 48 here.
-    assert shares(_args(9, 4096)) and not shares(_args(9, 4095))
-    assert shares(_args(640, 9000)) and not shares(_args(641, 9000)) and not shares(_args(640, 9000), sm_count=119)
-    assert shares(_args(9, 4096), sm_count=24) and not shares(_args(9, 4096), sm_count=0)
+    # A chunk has a tile for each sequence, head and 128 queries: 8, 96 and 104 here, and 132 multiprocessors.
+    half = dataclasses.replace(spec, dtype=torch.bfloat16)
+    for queries, keys in ((9, 1331), (1536, 4584)):
+        assert shares(_args(queries, keys), half) and not shares(_args(queries, keys - 1), half)
+        assert not shares(_args(queries, keys), half, sm_count=24) and not shares(_args(queries, keys))
+    assert not shares(_args(1537, 90000), half) and not shares(_args(9, 90000), half, sm_count=0)
+    assert shares(_args(640, 4096)) and not shares(_args(641, 4096)) and not shares(_args(9, 4095))
     assert not shares(_args(9, 4096)._replace(window_size=(5000, -1)))
 
 

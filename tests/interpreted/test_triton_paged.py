@@ -204,7 +204,6 @@ def _ranges(
     team = tl.program_id(0)
     numbers = teams_module.range_of_team(
         team, cu_seqlens, seqused, batch, tokens, limit, num_blocks, teams, per, most, high_q, PAGE, UNIT,
-        splits.MIN_SPLIT,
     )  # fmt: skip
     for i in tl.static_range(5):
         tl.store(found + 5 * team + i, numbers[i])
@@ -222,12 +221,11 @@ def blocks_of_teams(
     limit, stored = 2**31 - 1, sum(lengths)
     if lie == "packed":
         used = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    elif lie == "dense":  # which reads neither
+    elif lie == "dense":
         (limit,) = set(lengths)
-        ends, used = torch.full_like(ends, 2**31 - 1), torch.full_like(used, 2**31 - 1)
     page = {"paged": 16, "dense": pages.DENSE.value, "packed": pages.PACKED.value}[lie]
     numbers = (batch, sum(q_lens), limit, stored, teams, per, most, high_q, page, unit)
-    _ranges[(teams,)](ends, used, found, *numbers)
+    _ranges[(teams,)](*((None, None) if lie == "dense" else (ends, used)), found, *numbers)
     n = [max(1, -(-min(max(k, 0), most) // unit)) for k in lengths]
     n = [count if 0 < q <= high_q else 0 for count, q in zip(n, q_lens, strict=True)]
     starts = [0] * batch if per else torch.tensor([0, *n]).cumsum(0)[:-1].tolist()

@@ -218,7 +218,7 @@ class TritonAttention:
 
     def _bind(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, tf32: bool) -> Forward:
         launches = self._launches
-        worth = self._by_tma and launches.work_of(q, k, args.causal) >= launches.TMA_WORK
+        worth = self._by_tma and launches.worth_tma(q, k, args.causal, self._tile.block_m, self._device.sm_count)
         if not worth or not launches.describable(q, k, v):
             return self._bind_way(q, k, v, args, tf32, tma=False)
         ways: dict[bool, Forward] = {}

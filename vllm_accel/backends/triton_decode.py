@@ -24,9 +24,9 @@ from vllm_accel.kernels.triton.splits import DECODE_TOKENS, MIN_SPLIT
 #: What the paged kernel does not do, and what promises bits that do not depend on the batch: splits do.
 _NOT = (Feature.BIAS, Feature.MASK, Feature.DROPOUT, Feature.BATCH_INVARIANT)
 _MAX_OFFSET = 2**31 - 1  # within a block, which here is a sequence
-#: A chunk: at most one tile of 128 rows for three multiprocessors, over so many keys. With one for two it was no faster
-#: (2 x 170 queries, 16 heads, 8430 keys), nor with fewer keys (128 queries, 32 heads, 2048 keys: 41 us and 44).
-_TILE, _SHARE, _LONG = 128, 3, 4096
+#: A chunk: tiles of 128 rows, at most three for four multiprocessors, and so many keys for each that would be idle. On
+#: an H200 96 tiles took 129 us and 137 without (8k keys), 72 tiles 67 and 73 (4k), but 112 tiles 144 and 141 (8k).
+_TILE, _WORTH = 128, 1250
 
 
 def shares_keys(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, sm_count: int) -> bool:
@@ -44,7 +44,10 @@ def shares_keys(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, args: Atte
     if Feature.VARLEN in spec.features:
         return False
     tiles = q.shape[0] * q.shape[2] * -(-queries // _TILE)
-    return keys >= _LONG and args.window_size[0] < 0 and _SHARE * tiles <= sm_count
+    if spec.dtype is torch.float32 and (3 * tiles > sm_count or keys < 4096):  # not timed, and its tiles are smaller
+        return False
+    idle = keys * (sm_count - tiles) >= _WORTH * sm_count > 0
+    return idle and 4 * tiles <= 3 * sm_count and args.window_size[0] < 0
 
 
 def prepare_shared(
@@ -62,10 +65,6 @@ def prepare_shared(
     rows_of, out_shape = (-1, heads, head_dim), (*q.shape[:-1], -1)
     # A launch reads an address, and the strides that it was prepared with: no view is needed where rows are one.
     in_place = q.reshape(rows_of).data_ptr() == q.data_ptr()
-    ends = args.cu_seqlens_q
-    if ends is None:
-        batch, seqlen_q = q.shape[:2]
-        ends = torch.arange(0, (batch + 1) * seqlen_q, seqlen_q, dtype=torch.int32, device=q.device)[: batch + 1]
     small = (*options_of(args), args.cu_seqlens_q, args.cu_seqlens_k)
     untidy = any(t is not None and not t.is_contiguous() for t in small)
     window = args.window_size
@@ -73,9 +72,14 @@ def prepare_shared(
     ways: dict[bool, Prepared] = {}  # with fp32: whether products round to TF32, which may change between two calls
 
     def prepared(q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, tf32: bool) -> Prepared:
+        # Whatever is None here nobody reads: it says how many sequences there are.
+        batch = args.cu_seqlens_q.shape[0] - 1 if args.cu_seqlens_q is not None else q.shape[0]
+        unread = torch.empty(batch + 1, device="meta")
+        ends, table, used = [unread if t is None else t for t in where_of(args)]
         paged_args = PagedArgs(
-            *where_of(args), *options_of(args), args.max_seqlen_q, args.max_seqlen_k, args.softmax_scale, args.causal,
-            window, args.softcap, args.need_lse, args.deterministic, False,
+            ends, table, used, *options_of(args), args.max_seqlen_q,
+            args.max_seqlen_k, args.softmax_scale, args.causal, window, args.softcap, args.need_lse,
+            args.deterministic, False,
         )  # fmt: skip
         if packed:
             k, v = (t.as_strided((t.shape[0], 1, *t.shape[1:]), (t.stride(0), *t.stride())) for t in (k, v))
@@ -83,10 +87,7 @@ def prepare_shared(
         return found
 
     def where_of(args: AttentionArgs) -> Where:
-        """Return where sequences are; a launch has tensors in the places that nobody reads too."""
-        if args.cu_seqlens_q is None or args.cu_seqlens_k is None:
-            return ends, ends, ends
-        return args.cu_seqlens_q, args.cu_seqlens_q, args.cu_seqlens_k
+        return args.cu_seqlens_q, None, args.cu_seqlens_k
 
     def forward(q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> tuple[Tensor, Tensor | None, Tensor | None]:
         tf32 = fp32 and tf32_allowed()

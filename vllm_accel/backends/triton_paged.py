@@ -132,6 +132,6 @@ class TritonPaged:
 
             joined = None
             if work.split and not work.teams and part is not None:
-                joined = Bound(paged_launch.combine_launch(work, out, lse, part, args))
+                joined = Bound(paged_launch.combine_launch(work, out, lse, part, args, self._lie))
             launches.append((Bound(made_of=(work.tile, make)), joined))
         return Prepared(launches, scratch, out, lse, self._chip.native_e4m3, grows)
