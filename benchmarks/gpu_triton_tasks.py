@@ -50,6 +50,11 @@ LONG_CASES: tuple[Case, ...] = (
     ],
     Case("long_longer_d128", "", batch=3, seqlen_q=700, seqlen_k=300, head_dim=128, head_dim_v=128, options=_CAUSAL),
     Case("long_decode_d128", "", batch=3, seqlen_q=1, seqlen_k=4097, head_dim=128, head_dim_v=128, **_GQA),
+    *[
+        Case(f"long_varlen_decode_d{d}", "", lengths=((1, 4097), (1, 3), (0, 40), (2, 1300), (1, 700), (1, 0)), tail=9,
+             head_dim=d, head_dim_v=d, options=_CAUSAL, **_GQA)
+        for d in (64, 128)
+    ],
     Case("long_speculative_d64", "", batch=2, seqlen_q=5, seqlen_k=1300, sinks=True, options=_CAUSAL, **_GQA),
     Case("long_bias_d64", "", batch=1, seqlen_q=300, seqlen_k=417, bias="heads", bias_grad=True, options=_CAUSAL),
     Case("long_sinks_d64", "", batch=1, seqlen_q=300, seqlen_k=417, sinks=True, options={"window_size": (100, 0)}),

@@ -4,7 +4,8 @@ A launch has as many teams as the GPU keeps busy, whatever the batch (a team is 
 of rows). Keys count in blocks of UNIT; n blocks of a sequence follow those of the sequence before it, and team t has
 the blocks from ``t * share`` on, share of them. So a team has the end of one sequence, whole ones, and the beginning of
 another: at most two partial results, which are joined with those of other teams (`join.py`). With `per` each
-sequence has so many teams of its own instead. Lengths are read here only, so a captured graph stays valid.
+sequence has so many teams of its own instead. Lengths are read here only, so a captured graph stays valid; those
+of dense calls nowhere.
 """
 
 import triton

@@ -1,9 +1,9 @@
-"""Dense calls of few queries in `triton`: K and V are a paged cache of one block a sequence for the kernel of those.
+"""Dense and packed calls of few queries in `triton`: the kernels over pages, with keys that lie in none.
 
 The forward kernel gives each query head a tile of rows of its own, so that one query fills a 128th of it and nobody
-shares out the keys: 32 % of the copy rate on an H200, where the paged kernel reaches 85 % and more (32 sequences of
-4096 keys, 2026-11-27). That one packs the heads of a group into a tile and splits the keys, which also pays for a chunk
-whose tiles are too few for the GPU: 220 us instead of 465 (113 queries, 46k keys, 24 heads; 2026-11-30).
+shares out the keys: 32 sequences of 4096 keys took 564 us on an H200, with the heads of a group in a tile and the keys
+in equal shares 135 (2026-12-01). Sharing them also pays for a chunk whose tiles are too few for the GPU: 159 us instead
+of 465 (113 queries, 46k keys, 24 heads).
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _TILE, _WORTH = 128, 1250
 
 def shares_keys(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, sm_count: int) -> bool:
     """Tell whether programs should share out the keys: of a decode (up to eight queries), or of a chunk of few tiles.
+
+    A chunk is dense. Of sequences in one tensor the host does not know how many tiles there are.
 
     Args:
         sm_count: multiprocessors, 0 if unknown.
