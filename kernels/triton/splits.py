@@ -1,9 +1,10 @@
 """Into which launches a paged call is cut, and each sequence's keys into how many parts: plain Python, no tensors.
 
 A sequence with few query tokens has one or two tiles of rows per key head, so that a small batch leaves most of the GPU
-idle unless several programs share its keys (FlashDecoding). Decodes are a stream (`stream.py`) but for a few kinds:
-as many teams of programs as keep the memory busy share all keys of the batch. How many is decided by numbers that the host has; where
-the keys are cut, by the real lengths, on the device. So a CUDA graph stays valid while sequences grow.
+idle unless several programs share its keys (FlashDecoding). Decodes are a stream (`stream.py`) but for a few kinds: as
+many teams of programs as keep the memory busy share all keys of the batch. How many is decided by numbers that the host
+has; where the keys are cut, by the real lengths, on the device. So a CUDA graph stays valid while sequences grow. Of
+other calls each sequence is cut into as many parts, and so are chunks of a prompt whose tiles are too few for the GPU.
 """
 
 from __future__ import annotations
