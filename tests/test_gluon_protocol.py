@@ -48,9 +48,22 @@ def oracle(q, k, v, scale, causal):
         return out, shift + np.log(total)
 
 
+def join(outs, lses):
+    """(parts, B, S, heads, D), (parts, B, heads, S) -> one of each; what a part without keys wrote has to be zeros."""
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    assert (outs[np.isneginf(lses).swapaxes(2, 3)] == 0).all()
+    highest = lses.max(0)
+    weights = np.exp(lses - np.where(np.isneginf(highest), 0, highest))
+    total = weights.sum(0)
+    joined = (outs * weights.swapaxes(2, 3)[..., None]).sum(0) / np.where(total == 0, 1, total).swapaxes(1, 2)[..., None]
+    with np.errstate(divide="ignore"):
+        return joined, highest + np.log(total)
+
+
 def run(
     *, seed=0, batch=1, heads=2, kv_heads=1, seqlen_q=128, seqlen_k=64, causal=False, lengths=None, together=3,
-    source=SOURCE, blocks=2, **options,
+    source=SOURCE, blocks=2, splits=1, **options,
 ):  # fmt: skip
     """Run the kernel and compare; packed tensors end in rows of NaN, and the last sequence's K and V are all NaN."""
     rng = np.random.default_rng(seed)
@@ -68,18 +81,19 @@ def run(
     q, k, v = draw(heads, seqlen_q), draw(kv_heads, seqlen_k), draw(kv_heads, seqlen_k)
     if lengths:
         q[:, :, cu_q[-1] :] = k[:, :, cu_k[-2] :] = v[:, :, cu_k[-2] :] = np.nan
-    out = np.full((batch, seqlen_q, heads, D), 7, np.float32)
-    lse = np.full((batch, heads, seqlen_q), 7, np.float32)
+    out = np.full((splits, batch, seqlen_q, heads, D), 7, np.float32)
+    lse = np.full((splits, batch, heads, seqlen_q), 7, np.float32)
     constexprs = {
         "CONSUMERS": 2, "BN": BN, "D": D, "HEAD_DIM": D, "STAGES": 2, "Q_SLOTS": 1, "CAUSAL": causal,
         "VARLEN": bool(lengths), "OVERLAP": True, "PINGPONG": False, "PERSISTENT": False, "HELD": False,
+        "SPLIT": splits > 1,
         "CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24, **options,
     }  # fmt: skip
     rows = 64 * constexprs["CONSUMERS"]
     tiles_per_head = -(-seqlen_q // rows)
     if lengths:
         tiles_per_head = slots(seqlen_q, sequences, max(pair[0] for pair in lengths), rows)
-    tiles = tiles_per_head * heads * batch
+    tiles = tiles_per_head * heads * batch * splits
     args = (
         Descriptor(q, (1, 1, 64, D)), *(Descriptor(t, (1, 1, constexprs["BN"], D)) for t in (k, v)),
         Pointer(out.reshape(-1)), Pointer(lse.reshape(-1)), Pointer(cu_q) if lengths else None,
@@ -89,6 +103,7 @@ def run(
     grid = min(blocks, tiles) if constexprs["PERSISTENT"] else tiles
     Machine(source, seed).launch("attention_forward", grid, args, constexprs)
 
+    out, lse = join(out, lse)
     pieces = [(q[b], k[b], v[b], out[b], lse[b]) for b in range(batch)]
     if lengths:
         assert (out[0, cu_q[-1] :] == 0).all()
@@ -113,6 +128,18 @@ def test_every_variant_is_right_and_never_stuck(variant):
     run(seed=10, lengths=LENGTHS, causal=False, **options)
     run(seed=12, lengths=ALIKE, causal=True, heads=1, **options)
     run(seed=11, lengths=[(70, 20), (9, 9)], BN=48, **options)  # what is zeroed is shared out
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parts_of_a_tiles_keys_are_right_in_every_variant(variant):
+    """Even and uneven parts, parts without a block, those that causal rows do not reach, rows and calls without keys."""
+    options = VARIANTS[variant]
+    run(seed=1, heads=1, seqlen_k=BN * 6, splits=3, **options)
+    run(seed=2, heads=1, seqlen_k=BN * 5 + 3, splits=2, **options)
+    run(seed=3, heads=1, seqlen_k=BN, splits=3, **options)
+    run(seed=4, heads=1, seqlen_k=0, splits=2, **options)
+    run(seed=5, batch=2, seqlen_q=150, seqlen_k=70, causal=True, splits=4, **options)
+    run(seed=6, kv_heads=2, seqlen_q=70, seqlen_k=150, causal=True, splits=5, **options)
 
 
 @pytest.mark.parametrize("together", [1, 2, 4, 6])

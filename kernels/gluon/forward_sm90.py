@@ -17,12 +17,15 @@ has none. With OVERLAP a consumer issues S_j = Q K_j^T, then O += P_{j-1} V_{j-1
 second product runs (FlashAttention 3, arXiv 2407.08608, section 3.2). With PINGPONG the consumers take turns to issue
 products, so that the softmax of one runs under the products of the other.
 
+With SPLIT a tile's blocks of keys are cut into nearly equal parts, each of which is a tile of its own with fp32 results;
+`combine.join_parts` joins them.
+
 V rows past a packed sequence's end belong to somebody else and may hold NaN; 0 * NaN is NaN, so they are zeroed in
 shared memory. The consumers share the rows out, and meet before their first product with that tile.
 
 Layouts: descriptors over (B, heads, S, D), any strides that are multiples of 16 bytes, or packed (T, heads, D) as one
-sequence; out contiguous (B, S, H, Dv) or (T, H, Dv), lse fp32 (B, H, S) or (H, T). Tiles: `VARIANTS` in
-`forward_sm90_launch`, by head size.
+sequence; out contiguous (B, S, H, Dv) or (T, H, Dv), lse fp32 (B, H, S) or (H, T); of parts, out fp32 and both with
+the part as their first dimension. Tiles: `VARIANTS` in `forward_sm90_launch`, by head size.
 """
 
 from triton.experimental import gluon
@@ -96,17 +99,24 @@ def extent(batch, num_sequences, seqlen, cu_seqlens):
 
 
 @gluon.jit
-def tile_at(index, tiles, BM: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr):
+def tile_at(
+    index, tiles, BM: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr, SPLIT: gl.constexpr
+):
     """Say which rows tile `index` is. Heads go in groups of `heads_together` (their K and V fit in L2), and within a
     group all heads' heaviest causal tiles come first (of each packed sequence).
 
-    Where `blocks` is 0, rows from `start` to `len_q`, if any, belong to no sequence.
+    Where `blocks` is 0, rows from `start` to `len_q`, if any, belong to no sequence. With SPLIT it is one part of a
+    tile's keys: `first_k` and `len_k` are shifted to where that begins, and all tiles' first parts come first.
     """
     # In a packed batch seqlen_q is the number of all rows.
-    _, tiles_per_head, heads_together, num_sequences, num_heads, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k = tiles
+    num_tiles, tiles_per_head, heads_together, num_sequences, num_heads, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k = tiles
     heads = num_heads
     if not VARLEN:
         heads = num_heads * num_sequences
+    part = 0
+    if SPLIT:
+        part = index // (tiles_per_head * heads)
+        index -= part * (tiles_per_head * heads)
     group = index // (tiles_per_head * heads_together)
     inside = index - group * (tiles_per_head * heads_together)
     width = gl.minimum(heads_together, heads - group * heads_together)
@@ -136,14 +146,22 @@ def tile_at(index, tiles, BM: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constex
         is_none = sequence == num_sequences
         blocks = gl.where(is_none | (start >= len_q), 0, blocks)
         len_q = gl.where(is_none, gl.minimum(start + rows, len_q), len_q)
-    return batch, head, start, first_q, first_k, len_q, len_k, blocks
+    if SPLIT:
+        parts = num_tiles // (tiles_per_head * heads)
+        low = blocks * part // parts
+        blocks = blocks * (part + 1) // parts - low
+        first_k += low * BN
+        # A part without blocks runs one with everything masked, as a tile without keys does.
+        len_k = gl.where(blocks > 0, len_k - low * BN, 0)
+        blocks = gl.maximum(blocks, 1)
+    return part, batch, head, start, first_q, first_k, len_q, len_k, blocks
 
 
 @gluon.jit
 def producer(
     q_desc, k_desc, v_desc, shared, tiles, queries_per_key_head,
     CONSUMERS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_SLOTS: gl.constexpr,
-    CAUSAL: gl.constexpr, VARLEN: gl.constexpr, PERSISTENT: gl.constexpr,
+    CAUSAL: gl.constexpr, VARLEN: gl.constexpr, PERSISTENT: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = CONSUMERS * ROWS
     q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
@@ -151,7 +169,7 @@ def producer(
     work = 0  # tiles of queries so far
     for turn in range(turns(tiles[0], PERSISTENT)):
         index = tile_of_turn(turn, PERSISTENT)
-        batch, head, start, first_q, first_k, _, _, blocks = tile_at(index, tiles, BM, BN, CAUSAL, VARLEN)
+        _, batch, head, start, first_q, first_k, _, _, blocks = tile_at(index, tiles, BM, BN, CAUSAL, VARLEN, SPLIT)
         key_head = head // queries_per_key_head
         if blocks > 0:
             slot = used % STAGES
@@ -293,7 +311,7 @@ def consumer(
     c, shared, results, tiles, scale,
     CONSUMERS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     Q_SLOTS: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr, OVERLAP: gl.constexpr,
-    PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr, HELD: gl.constexpr,
+    PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr, HELD: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = CONSUMERS * ROWS
     q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
@@ -306,7 +324,7 @@ def consumer(
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S)
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O)
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    COPY: gl.constexpr = O if SPLIT else gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     C_ROWS: gl.constexpr = gl.SliceLayout(1, COPY)
     if PINGPONG:  # noqa: SIM102 - known when compiling, the next one is not
         if c == 1:
@@ -316,8 +334,12 @@ def consumer(
     work = 0
     for turn in range(turns(tiles[0], PERSISTENT)):
         index = tile_of_turn(turn, PERSISTENT)
-        batch, head, start, first_q, _, len_q, len_k, blocks = tile_at(index, tiles, BM, BN, CAUSAL, VARLEN)
+        part, batch, head, start, first_q, _, len_q, len_k, blocks = tile_at(
+            index, tiles, BM, BN, CAUSAL, VARLEN, SPLIT
+        )
         start += c * ROWS
+        if SPLIT:
+            batch += part * tiles[3]  # results have a place for each part
         if blocks > 0:
             # A row sees the keys before its limit; blocks before `free` are seen in full by all rows.
             limit = gl.full([ROWS], 0, gl.int32, S_ROWS) + len_k
@@ -372,15 +394,17 @@ def consumer(
             acc, p = warpgroup_mma_wait(0, deps=[acc_token, p])
             mbarrier.arrive(v_empty.index(v_slot), count=1)
 
-            # O goes through Q's shared memory, so that it is written in whole lines.
+            # O goes through Q's shared memory, so that it is written in whole lines. In fp32, as a part's is, it would
+            # not fit, and what a thread has next to each other is 8 bytes: whole sectors from where they are.
             none = l == 0.0
             inverse = gl.convert_layout(gl.where(none, 0.0, 1.0 / l), O_ROWS, assert_trivial=True)
             empty = gl.convert_layout(none, O_ROWS, assert_trivial=True)
-            result = gl.where(empty[:, None], 0.0, acc * inverse[:, None]).to(dtype)
-            partition_barrier()
-            q_tile.store(result)
-            partition_barrier()
-            result = q_tile.load(COPY)
+            result = gl.where(empty[:, None], 0.0, acc * inverse[:, None])
+            if not SPLIT:
+                partition_barrier()
+                q_tile.store(result.to(dtype))
+                partition_barrier()
+                result = q_tile.load(COPY)
             rows = gl.arange(0, ROWS, C_ROWS)
             dims = gl.arange(0, D, gl.SliceLayout(0, COPY))
             mask = (rows < len_q - start)[:, None]
@@ -419,13 +443,15 @@ def attention_forward(
     num_heads, queries_per_key_head, heads_together, tiles_per_head, num_tiles,
     CONSUMERS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     Q_SLOTS: gl.constexpr, CAUSAL: gl.constexpr, VARLEN: gl.constexpr, OVERLAP: gl.constexpr,
-    PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr, HELD: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr, HELD: gl.constexpr, SPLIT: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are over (B, heads, S, D) with blocks (1, 1, 64 or BN, D); packed tensors have B = 1.
 
-    `seqlen_q` is the length of Q's third dimension. The grid is one-dimensional, any size up to `num_tiles`.
+    `seqlen_q` is the length of Q's third dimension. The grid is one-dimensional, any size up to `num_tiles`. With SPLIT
+    (dense only) `num_tiles` counts every part of every tile, and out and lse have a place for each part before B.
     """
+    gl.static_assert(not SPLIT or not VARLEN)
     gl.static_assert(CONSUMERS == 2 or (CONSUMERS == 3 and not PINGPONG))
     gl.static_assert(OVERLAP or not PINGPONG)
     dtype: gl.constexpr = q_desc.dtype
@@ -463,11 +489,11 @@ def attention_forward(
         gl.warp_specialize(
             [
                 (consumer, (0, shared, results, tiles, scale, CONSUMERS, BN, D, HEAD_DIM, STAGES, Q_SLOTS, CAUSAL,
-                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD)),
+                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD, SPLIT)),
                 (consumer, (1, shared, results, tiles, scale, CONSUMERS, BN, D, HEAD_DIM, STAGES, Q_SLOTS, CAUSAL,
-                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD)),
+                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD, SPLIT)),
                 (producer, (q_desc, k_desc, v_desc, shared, tiles, queries_per_key_head, CONSUMERS, BN, D, STAGES,
-                            Q_SLOTS, CAUSAL, VARLEN, PERSISTENT)),
+                            Q_SLOTS, CAUSAL, VARLEN, PERSISTENT, SPLIT)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -476,13 +502,13 @@ def attention_forward(
         gl.warp_specialize(
             [
                 (consumer, (0, shared, results, tiles, scale, CONSUMERS, BN, D, HEAD_DIM, STAGES, Q_SLOTS, CAUSAL,
-                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD)),
+                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD, SPLIT)),
                 (consumer, (1, shared, results, tiles, scale, CONSUMERS, BN, D, HEAD_DIM, STAGES, Q_SLOTS, CAUSAL,
-                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD)),
+                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD, SPLIT)),
                 (consumer, (2, shared, results, tiles, scale, CONSUMERS, BN, D, HEAD_DIM, STAGES, Q_SLOTS, CAUSAL,
-                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD)),
+                            VARLEN, OVERLAP, PINGPONG, PERSISTENT, HELD, SPLIT)),
                 (producer, (q_desc, k_desc, v_desc, shared, tiles, queries_per_key_head, CONSUMERS, BN, D, STAGES,
-                            Q_SLOTS, CAUSAL, VARLEN, PERSISTENT)),
+                            Q_SLOTS, CAUSAL, VARLEN, PERSISTENT, SPLIT)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],

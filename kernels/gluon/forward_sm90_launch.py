@@ -112,6 +112,7 @@ def forward_launch(
     head_dim_v: int,
     variant: Variant,
     sm_count: int,
+    splits: int = 1,
 ) -> Launch:
     """Describe the launch that fills out and lse.
 
@@ -120,6 +121,7 @@ def forward_launch(
         head_dim_v: the caller's, before padding to a multiple of 8.
         out: contiguous, like q with head_dim_v. lse: contiguous fp32 (B, H, Sq) or (H, Tq).
         sm_count: multiprocessors of the device.
+        splits: parts of a dense tile's keys. More than one: out (splits, B, S, H, Dv) fp32, lse (splits, B, H, S).
     """
     *batch, tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[-2]
@@ -130,7 +132,7 @@ def forward_launch(
     rows = variant.consumers * ROWS
     tiles_per_head = slots(tokens, sequences, max_seqlen_q, rows) if varlen else -(-tokens // rows)
     heads = num_heads if varlen else num_heads * sequences
-    num_tiles = tiles_per_head * heads
+    num_tiles = tiles_per_head * heads * splits
     bytes_per_head = max(1, max_seqlen_k) * 2 * tile * q.element_size()
     heads_together = min(max(1, L2_SHARE // bytes_per_head) * group, heads)
     # Packed lengths may be anything: tiles that are dealt out by their number would be shared out badly.
@@ -148,7 +150,7 @@ def forward_launch(
             "CONSUMERS": variant.consumers, "BN": variant.bn, "D": tile, "HEAD_DIM": head_dim_v,
             "STAGES": variant.stages, "Q_SLOTS": variant.q_slots, "CAUSAL": causal, "VARLEN": varlen,
             "OVERLAP": variant.overlap, "PINGPONG": variant.pingpong, "PERSISTENT": persistent,
-            "HELD": variant.held,
+            "HELD": variant.held, "SPLIT": splits > 1,
             "CONSUMER_REGISTERS": variant.consumer_registers, "PRODUCER_REGISTERS": variant.producer_registers,
         },
         num_warps=4,

@@ -142,3 +142,36 @@ def _add_part(out, lse, at, r, live, shift, acc, total, DV: tl.constexpr, BLOCK_
     seen = (value > float("-inf"))[:, None] & (columns < DV)[None, :]
     part = tl.load(out + r[:, None] * DV + columns[None, :], mask=seen, other=0.0).to(tl.float32)
     return acc + part * weight[:, None], total + weight
+
+
+@triton.jit(do_not_specialize=["rows", "seqlen", "num_splits"])
+def join_parts(
+    part_ptr, part_lse, out_ptr, lse_ptr,
+    rows, seqlen, num_heads, num_splits,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Join any number of fp32 parts of one tensor, BLOCK_R rows (sequence, token, head) at a time.
+
+    Layouts: as `merge_parts`, parts with `num_splits` before everything else, lse as a natural logarithm.
+    """
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = r < rows
+    token = r // num_heads
+    at = ((token // seqlen) * num_heads + r % num_heads) * seqlen + token % seqlen
+    columns = tl.arange(0, BLOCK_DV)
+    stride = tl.cast(rows, tl.int64)
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    for s in tl.range(0, num_splits, loop_unroll_factor=4):
+        top = tl.maximum(top, _base2(part_lse + s * stride, at, live))
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for s in tl.range(0, num_splits, loop_unroll_factor=4):
+        acc, total = _add_part(
+            part_ptr + s * stride * DV, part_lse + s * stride, at, r, live, shift, acc, total, DV, BLOCK_DV
+        )
+    some = tl.where(total == 0.0, 1.0, total)
+    inside = live[:, None] & (columns < DV)[None, :]
+    joined = (acc / some[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + r[:, None] * DV + columns[None, :], joined, mask=inside)
+    tl.store(lse_ptr + at, tl.where(total == 0.0, float("-inf"), (top + tl.log2(some)) * LN2), mask=live)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_accel.kernels.triton.combine import merge_parts
+from vllm_accel.kernels.triton.combine import join_parts, merge_parts
 from vllm_accel.kernels.triton.launch import Bound, Launch
 
 #: What `merge_parts` takes: float64 would lose its last bits.
@@ -17,6 +17,8 @@ DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 PARTS = 4
 #: Numbers of a part in one program: 16 for each of 128 threads.
 _ELEMENTS = 2048
+#: The same for parts of one tensor: 8 for each thread, so that few rows too fill the device.
+_JOINED = 1024
 #: Launches kept: one per shape and kind of the parts.
 _KEPT = 256
 _bound: dict[Any, Bound] = {}
@@ -51,6 +53,26 @@ def merge_tensors(
     """Return the tensors of the launch, in the kernel's order."""
     missing = (None,) * (PARTS - len(outs))
     return (*outs, *missing, *lses, *missing, sinks, out, lse)
+
+
+def join_launch(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> Launch:
+    """Return the launch that joins the parts of one tensor; all contiguous, all lse fp32 natural logarithms.
+
+    Args:
+        parts: fp32 (splits, B, S, H, Dv). part_lse: (splits, B, H, S). out: (B, S, H, Dv). lse: (B, H, S).
+    """
+    splits, _, seqlen, heads, head_dim_v = parts.shape
+    width = 1 << (head_dim_v - 1).bit_length()
+    rows = out.numel() // head_dim_v
+    block = max(1, _JOINED // width)
+    return Launch(
+        fn=join_parts,
+        grid=(-(-rows // block), 1, 1),
+        args=(parts, part_lse, out, lse, rows, seqlen, heads, splits),
+        constexprs={"DV": head_dim_v, "BLOCK_DV": width, "BLOCK_R": block},
+        num_warps=4,
+        num_stages=1,
+    )
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
