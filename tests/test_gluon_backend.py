@@ -16,10 +16,13 @@ from vllm_accel.dispatch.device import preset
 from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation
 from vllm_accel.kernels.gluon import bound
 from vllm_accel.kernels.gluon import forward_sm90_launch as launches
+from vllm_accel.kernels.gluon import parts as gluon_parts
 from vllm_accel.kernels.triton import backward as triton_backward
+from vllm_accel.kernels.triton import merge_launch
 from vllm_accel.testing import CASES, check_backend
 from vllm_accel.testing.conformance import kernel_call
-from vllm_accel.testing.oracle import plain_attention
+from vllm_accel.testing.oracle import attention_oracle, merge_oracle, plain_attention
+from vllm_accel.testing.tolerance import assert_close, assert_lse_close
 
 BACKEND = gluon_hopper.BACKEND
 H200 = preset("h200")
@@ -37,7 +40,23 @@ def launched(monkeypatch):
     monkeypatch.setattr(bound, "run", run)
     monkeypatch.setattr(bound, "_DIRECT", False)
     monkeypatch.setattr(triton_backward, "start", delta_by_torch)
+    monkeypatch.setattr(merge_launch, "Join", lambda: join_by_torch)
+    monkeypatch.setattr(gluon_hopper, "_built", Everything())
     return seen
+
+
+class Everything:
+    """All kinds of calls."""
+
+    def __contains__(self, kind):
+        return True
+
+
+def join_by_torch(parts, part_lse, out, lse):
+    assert parts.dtype is part_lse.dtype is lse.dtype is torch.float32
+    merged = merge_oracle(list(parts.double()), list(part_lse.double()))
+    out.copy_(merged[0])
+    lse.copy_(merged[1])
 
 
 def delta_by_torch(launch):
@@ -158,6 +177,7 @@ def test_a_second_call_goes_straight_to_the_launcher(monkeypatch):
     monkeypatch.setattr(bound, "run", lambda launch: ordinary.append(launch) or kernel)
     monkeypatch.setattr(bound, "_DIRECT", True)
     monkeypatch.setattr(bound, "_compiled", {})
+    monkeypatch.setattr(gluon_hopper, "_built", Everything())
     active = SimpleNamespace(get_current_stream=lambda index: 77)
     monkeypatch.setattr(bound.triton.runtime, "driver", SimpleNamespace(active=active))
 
@@ -182,6 +202,67 @@ def test_a_second_call_goes_straight_to_the_launcher(monkeypatch):
 
     call(first, first, first, softmax_scale=0.25)
     assert len(ordinary) == 2, "without a mask it is another kernel"
+
+
+def sharing(launched):
+    """Return how many parts the last launch cut each tile's keys into."""
+    launch = launched[-1]
+    names = dict(zip(launch.fn.arg_names, launch.args, strict=False))
+    assert launch.constexprs["SPLIT"] == (names["out"].dim() == 5)
+    return names["out"].shape[0] if launch.constexprs["SPLIT"] else 1
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 64), (20, 36), (128, 128), (256, 200)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_few_tiles_over_many_keys_are_shared_out(launched, head_dim, head_dim_v, causal):
+    q, k, v = draw(2, 7, 2, head_dim), draw(2, 1540, 1, head_dim), draw(2, 1540, 1, head_dim_v)
+    call = kernel_call(BACKEND, H200)
+    out, lse = call(q, k, v, causal=causal, return_lse=True)
+    assert sharing(launched) == 3
+    want, want_lse = attention_oracle(q, k, v, softmax_scale=head_dim**-0.5, causal=causal)[:2]
+    plain = plain_attention(q, k, v, softmax_scale=head_dim**-0.5, causal=causal)[0]
+    assert_close(out, want, plain, what="out")
+    assert_lse_close(lse, want_lse, dtype=torch.bfloat16)
+    again = call(q, k, v, causal=causal, return_lse=True)
+    assert torch.equal(again[0], out)
+
+    call(q, k, v, causal=causal, batch_invariant=True)
+    assert sharing(launched) == 1
+    call(q.requires_grad_(), k, v, causal=causal)
+    assert sharing(launched) == 1
+
+
+def test_both_forms_are_compiled_at_the_first_call_of_a_kind(launched, monkeypatch):
+    monkeypatch.setattr(gluon_hopper, "_built", set())
+    call = kernel_call(BACKEND, H200)
+    q, k = draw(1, 8, 2, 64), draw(1, 20, 2, 64)
+    call(q, k, k)
+    assert [launch.constexprs["SPLIT"] for launch in launched] == [False, True, False]
+    launched.clear()
+    k = draw(1, 1540, 2, 64)
+    call(q, k, k)
+    assert [launch.constexprs["SPLIT"] for launch in launched] == [True], "the same kind, other lengths"
+    launched.clear()
+    call(q, k, k, batch_invariant=True)
+    assert len(launched) == 1, "has one form"
+
+
+def test_how_many_parts():
+    def parts(q, k, heads, causal=True):
+        return gluon_parts.choose_parts(q, k, heads, causal, 128, 132)
+
+    # An H200 was fastest with so many (NOTES.md), or within 2 % of it.
+    assert [parts(128, 32768, 32), parts(256, 8192, 32), parts(935, 8143, 24), parts(422, 15214, 40)] == [4, 2, 2, 4]
+    assert parts(128, 8192, 4 * 32) == 1, "a full wave"
+    assert parts(8192, 8192, 32) == parts(2**20, 2**20, 8) == 1, "many waves"
+    assert parts(128, 1023, 4) == 1, "few keys"
+    assert parts(128, 2**20, 1) == gluon_parts.MOST_PARTS
+    assert parts(0, 4096, 8) == parts(128, 0, 8) == parts(128, 4096, 0) == 1
+    # Of a square the tiles are short and long: long ones of 64 are alone with what 132 could share.
+    assert parts(1024, 1024, 16) == 1 and parts(2048, 2048, 4) > 1
+    for tiles in range(1, 1056, 7):
+        for keys in (512, 1024, 4096, 65536):
+            assert 1 <= parts(128, keys, tiles) <= min(16, keys // 512)
 
 
 #: Small cases of each kind that our own backward takes.

@@ -56,7 +56,9 @@ def join(outs, lses):
     highest = lses.max(0)
     weights = np.exp(lses - np.where(np.isneginf(highest), 0, highest))
     total = weights.sum(0)
-    joined = (outs * weights.swapaxes(2, 3)[..., None]).sum(0) / np.where(total == 0, 1, total).swapaxes(1, 2)[..., None]
+    joined = (outs * weights.swapaxes(2, 3)[..., None]).sum(0) / np.where(total == 0, 1, total).swapaxes(1, 2)[
+        ..., None
+    ]
     with np.errstate(divide="ignore"):
         return joined, highest + np.log(total)
 
@@ -132,7 +134,7 @@ def test_every_variant_is_right_and_never_stuck(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parts_of_a_tiles_keys_are_right_in_every_variant(variant):
-    """Even and uneven parts, parts without a block, those that causal rows do not reach, rows and calls without keys."""
+    """Even and uneven parts, parts without a block, those that causal rows do not reach, rows without keys."""
     options = VARIANTS[variant]
     run(seed=1, heads=1, seqlen_k=BN * 6, splits=3, **options)
     run(seed=2, heads=1, seqlen_k=BN * 5 + 3, splits=2, **options)
@@ -175,14 +177,20 @@ def test_tiles_are_a_permutation_whatever_heads_go_together(together):
         ('shift = gl.where(highest == float("-inf"), 0.0, highest)', "shift = highest"),
         ("free = gl.minimum(free, start + 1", "free = gl.minimum(free, start + 17"),
         ("(rows < len_q - start)", "(rows <= len_q - start)"),
+        ("batch += part * tiles[3]", "batch += part"),
+        ("first_k += low * BN", "pass"),
+        ("gl.where(blocks > 0, len_k - low * BN, 0)", "len_k - low * BN"),
+        ("blocks = blocks * (part + 1) // parts - low", "blocks = blocks * (part + 1) // parts"),
+        ("        blocks = gl.maximum(blocks, 1)", "        pass"),
     ],
 )
 def test_a_broken_protocol_is_noticed(tmp_path, old, new):
     """The interpreter itself: each of these would hang, race or be wrong on a GPU."""
-    text = SOURCE.read_text()
-    assert text.count(old) >= 1
-    broken = tmp_path / "broken.py"
-    broken.write_text(text.replace(old, new))
+    texts = {path.name: path.read_text() for path in (SOURCE, SOURCE.with_name("tiles_sm90.py"))}
+    assert sum(text.count(old) for text in texts.values()) >= 1
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text.replace(old, new))
+    broken = tmp_path / SOURCE.name
 
     def runs():
         for options in ({"PINGPONG": True}, {"PINGPONG": True, "PERSISTENT": True}, {"PERSISTENT": True}):
@@ -190,6 +198,8 @@ def test_a_broken_protocol_is_noticed(tmp_path, old, new):
             for lengths in (LENGTHS, ALIKE, ALIKE[:1]):
                 run(source=broken, seed=9, lengths=lengths, causal=True, **options)
             run(source=broken, seed=11, lengths=[(70, 20), (9, 9)], BN=48, **options)
+            for seqlen_k in (BN, BN * 5 + 3):
+                run(source=broken, batch=2, heads=1, seqlen_q=150, seqlen_k=seqlen_k, splits=3, causal=True, **options)
 
     with pytest.raises(AssertionError):  # a Deadlock is one
         runs()

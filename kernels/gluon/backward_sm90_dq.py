@@ -44,14 +44,12 @@ from vllm_accel.kernels.gluon.backward_sm90_parts import (
 )
 from vllm_accel.kernels.gluon.forward_sm90 import (
     as_matrix,
-    extent,
     masked,
     partition_barrier,
-    sequence_at,
     write_zeros,
     zero_rows_from,
 )
-from vllm_accel.kernels.gluon.tiles_sm90 import ROWS, tile_of_turn
+from vllm_accel.kernels.gluon.tiles_sm90 import ROWS, extent, sequence_at, tile_of_turn
 
 LOG2E = gl.constexpr(1.4426950408889634)
 

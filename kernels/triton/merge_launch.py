@@ -75,6 +75,21 @@ def join_launch(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> La
     )
 
 
+class Join:
+    """`join_launch` again and again, with tensors of the same sizes."""
+
+    __slots__ = ("_bound",)
+
+    def __init__(self) -> None:
+        self._bound: Bound | None = None
+
+    def __call__(self, parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Join parts on the current stream."""
+        if self._bound is None:
+            self._bound = Bound(join_launch(parts, part_lse, out, lse))
+        self._bound((parts, part_lse, out, lse))
+
+
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Merge any number of parts of equal shapes on the current device: out in the dtype of the first, and lse fp32.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_accel.kernels.triton import kv_write_launch, merge_launch
+from vllm_accel.kernels.triton import kv_write_launch, launch, merge_launch
 from vllm_accel.testing.oracle import merge_oracle
 from vllm_accel.testing.tolerance import assert_close, assert_lse_close
 
@@ -107,6 +107,25 @@ def test_merge(count: int, shape: tuple[int, ...]) -> None:
         assert out.dtype is dtype
         assert_close(out, reference, reference.to(dtype), what="out")
         assert_lse_close(lse, expected_lse, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 9])
+@pytest.mark.parametrize("head_dim", [20, 64])
+def test_parts_of_one_tensor_are_joined(count: int, head_dim: int) -> None:
+    dtype, shape = torch.bfloat16, (2, 37, 3, head_dim)
+    outs, lses = parts_of(count, shape, torch.float32)
+    outs[0][:, 1, 0] = float("nan")  # of a row without keys
+    for i, log in enumerate(lses):
+        log[..., 1, 0] = float("-inf")  # nor does any other part have one
+        log[..., i % 3, 2 + i] = float("-inf")
+    lses[0][..., 0, 1] = float("-inf")
+    parts, part_lse = torch.stack(outs), torch.stack(lses)
+    out, lse = torch.empty(shape, dtype=dtype), torch.empty_like(lses[0])
+    launch.run(merge_launch.join_launch(parts, part_lse, out, lse))
+    clean = [o.double().nan_to_num() for o in outs]
+    reference, expected_lse = merge_oracle(clean, [t.double() for t in lses])
+    assert_close(out, reference, reference.to(dtype), what="out")
+    assert_lse_close(lse, expected_lse, dtype=torch.float32)
 
 
 def test_merge_of_other_layouts_and_dtypes() -> None:

@@ -44,9 +44,22 @@ def _compile_seconds(spec: AttentionSpec) -> float:
     """Return what compiling a kind of call takes; later processes find it on disk.
 
     An H200, `python -m benchmarks.first_calls --jobs 8`, 2026-11-30: 2.2 s (D = 64, no mask) to 4.8 s for a forward, 8
-    and 10 s with gradients.
+    and 10 s with gradients. Where keys may be shared out there are two forms of it.
     """
-    return 10.0 if Feature.GRAD in spec.features else 5.0
+    return 10.0 if Feature.GRAD in spec.features or _may_share(spec) else 5.0
+
+
+def _may_share(spec: AttentionSpec) -> bool:
+    """Tell whether a tile's keys may be cut into parts.
+
+    Not in a batch-invariant call, whose rows are summed in the same order whatever else is in it; nor in a packed one,
+    whose lengths the host does not know; nor with gradients, where many tiles are the rule.
+    """
+    return not spec.features & (Feature.BATCH_INVARIANT | Feature.VARLEN | Feature.GRAD)
+
+
+#: Kinds of calls, and devices, both forms of which this process has compiled.
+_built: set[tuple[AttentionSpec, Device]] = set()
 
 
 class GluonHopperBackend:
@@ -108,8 +121,11 @@ class GluonAttention:
         # Imported here: declaring a backend must not import Triton (0.5 s).
         from vllm_accel.kernels.gluon import forward_sm90_launch
         from vllm_accel.kernels.gluon.bound import Bound
+        from vllm_accel.kernels.gluon.parts import choose_parts
+        from vllm_accel.kernels.triton.merge_launch import Join
 
         self._launches, self._bound = forward_sm90_launch, Bound
+        self._choose_parts, self._join = choose_parts, Join
         self._variant = forward_sm90_launch.VARIANTS[forward_sm90_launch.tile_dim(spec.head_dim, spec.head_dim_v)]
         self._spec, self._device = spec, device
         ours = max(spec.head_dim, spec.head_dim_v) <= BACKWARD_HEAD_DIM
@@ -123,20 +139,47 @@ class GluonAttention:
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Forward:
         """Return `forward` for calls with these sizes, strides and options; tensors and the scale may differ."""
+        forward = self._prepare(q, k, v, args, self._parts(q, k, args))
+        kind = (self._spec.compile_kind(), self._device)
+        if kind in _built or not _may_share(self._spec):
+            return forward
+        built = False
+
+        def first(q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            nonlocal built
+            if not built:
+                built = True
+                if kind not in _built:
+                    _built.add(kind)
+                    self._build(q, k, v, args)
+            return forward(q, k, v, args)
+
+        return first
+
+    def _build(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> None:
+        """Compile and load both forms, on a few zeros: calls of a kind take either, and the library warms up kinds."""
+        q, k, v = (t.new_zeros(1, 8, *t.shape[2:]) for t in (q, k, v))
+        for parts in (1, 2):
+            self._prepare(q, k, v, args, parts)(q, k, v, args)
+
+    def _prepare(self, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs, parts: int) -> Forward:
+        """Return `forward` for these sizes, with the keys of a tile in so many parts."""
         *lead, tokens, heads, _ = q.shape
         head_dim_v = v.shape[-1]
         ready_q, ready_k, ready_v = (for_tma(t) for t in (q, k, v))
         out_shape, lse_shape = (*lead, tokens, heads, head_dim_v), (*lead, heads, tokens)
         dtype, device, empty = q.dtype, q.device, torch.empty
+        part_shape, part_lse_shape = ((parts, *shape) if parts > 1 else shape for shape in (out_shape, lse_shape))
         # Described by tensors that take no memory: a copy for TMA, and out, are made by the call alone.
         meta_q, meta_k, meta_v = (like_meta(t) for t in (q, k, v))
         bound = self._bound(
             self._launches.forward_launch(
-                ready_q(meta_q), ready_k(meta_k), ready_v(meta_v), meta_q.new_empty(out_shape),
-                meta_q.new_empty(lse_shape, dtype=torch.float32),
+                ready_q(meta_q), ready_k(meta_k), ready_v(meta_v),
+                meta_q.new_empty(part_shape, dtype=torch.float32 if parts > 1 else dtype),
+                meta_q.new_empty(part_lse_shape, dtype=torch.float32),
                 cu_seqlens_q=args.cu_seqlens_q, cu_seqlens_k=args.cu_seqlens_k, max_seqlen_q=args.max_seqlen_q,
                 max_seqlen_k=args.max_seqlen_k, softmax_scale=args.softmax_scale, causal=args.causal,
-                head_dim_v=head_dim_v, variant=self._variant, sm_count=self._device.sm_count,
+                head_dim_v=head_dim_v, variant=self._variant, sm_count=self._device.sm_count, splits=parts,
             ),
             q.device.index or 0,
         )  # fmt: skip
@@ -152,7 +195,30 @@ class GluonAttention:
             bound(ready_q(q), ready_k(k), ready_v(v), out, lse, cu_q, cu_k, args.softmax_scale)
             return out, lse, None
 
-        return forward
+        if parts == 1:
+            return forward
+        float32, join = torch.float32, self._join()
+
+        def forward_in_parts(
+            q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs
+        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            part_out = empty(part_shape, dtype=float32, device=device)
+            part_lse = empty(part_lse_shape, dtype=float32, device=device)
+            bound(ready_q(q), ready_k(k), ready_v(v), part_out, part_lse, None, None, args.softmax_scale)
+            out = empty(out_shape, dtype=dtype, device=device)
+            lse = empty(lse_shape, dtype=float32, device=device)
+            join(part_out, part_lse, out, lse)
+            return out, lse, None
+
+        return forward_in_parts
+
+    def _parts(self, q: Tensor, k: Tensor, args: AttentionArgs) -> int:
+        """Return how many parts each tile's keys are cut into."""
+        if not _may_share(self._spec):
+            return 1
+        batch, tokens, heads, _ = q.shape
+        rows = self._variant.consumers * self._launches.ROWS
+        return self._choose_parts(tokens, k.shape[1], batch * heads, args.causal, rows, self._device.sm_count)
 
     def backward(
         self,
