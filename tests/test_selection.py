@@ -435,10 +435,13 @@ def test_many_options_compile_longer_than_a_call_may_wait(env) -> None:
     assert selection["triton"].state is State.HELD_BACK and "about 3 s" in str(selection["triton"])
 
 
-@pytest.mark.parametrize(("grad", "said"), [(False, "about 5 s"), (True, "about 10 s")])
-def test_what_a_kind_of_call_compiles_is_told(env, grad: bool, said: str) -> None:
+@pytest.mark.parametrize(
+    ("grad", "options", "said"),
+    [(False, {}, "about 10 s"), (True, {}, "about 10 s"), (False, {"batch_invariant": True}, "about 5 s")],
+)
+def test_what_a_kind_of_call_compiles_is_told(env, grad: bool, options: dict[str, bool], said: str) -> None:
     env(VLLM_ACCEL_DISABLED_BACKENDS="flash_attn,xformers,mslk")
-    selection = explain(attention, *[t.requires_grad_(grad) for t in _meta()], device="h200")
+    selection = explain(attention, *[t.requires_grad_(grad) for t in _meta()], device="h200", **options)
     assert selection["gluon_hopper"].state is State.HELD_BACK and said in str(selection["gluon_hopper"])
 
 
