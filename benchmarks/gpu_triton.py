@@ -71,11 +71,8 @@ _FP32 = (
 )
 #: What the sanitizer watches, gradients included: backend -> dense and packed cases, paged cases.
 _TINY = {
-    "triton": (
-        ("gqa", "window_causal", "varlen_tail", "bias_grad", "sinks", "varlen_decode", "long_decode_d128"),
-        ("mixed", "fp8_scalar", "mla_small", "long_decode_d128_16"),
-    ),
-    "gluon_hopper": (("gqa", "head_128", "varlen_cross_causal", "varlen_tail", "long_causal_d64"), ()),
+    "triton": (("gqa", "window_causal", "varlen_tail", "bias_grad", "sinks"), ("mixed", "fp8_scalar", "mla_small")),
+    "gluon_hopper": (("gqa", "head_128", "varlen_cross_causal", "varlen_tail"), ()),
 }
 #: What racecheck watches, each by itself: long ones use a slot of a ring again.
 _RACES = ("gqa", "head_128", "varlen_cross_causal", "varlen_tail", "long_varlen_causal_d64", "long_varlen_causal_d128")

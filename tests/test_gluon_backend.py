@@ -214,7 +214,8 @@ def sharing(launched):
 
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 64), (20, 36), (128, 128), (256, 200)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_few_tiles_over_many_keys_are_shared_out(launched, head_dim, head_dim_v, causal):
+def test_few_tiles_over_many_keys_are_shared_out(launched, monkeypatch, head_dim, head_dim_v, causal):
+    monkeypatch.setattr(gluon_parts, "SHORTEST", dict.fromkeys(gluon_parts.SHORTEST, 0))
     q, k, v = draw(2, 7, 2, head_dim), draw(2, 1540, 1, head_dim), draw(2, 1540, 1, head_dim_v)
     call = kernel_call(BACKEND, H200)
     out, lse = call(q, k, v, causal=causal, return_lse=True)
@@ -234,6 +235,7 @@ def test_few_tiles_over_many_keys_are_shared_out(launched, head_dim, head_dim_v,
 
 def test_both_forms_are_compiled_at_the_first_call_of_a_kind(launched, monkeypatch):
     monkeypatch.setattr(gluon_hopper, "_built", set())
+    monkeypatch.setattr(gluon_parts, "SHORTEST", dict.fromkeys(gluon_parts.SHORTEST, 0))
     call = kernel_call(BACKEND, H200)
     q, k = draw(1, 8, 2, 64), draw(1, 20, 2, 64)
     call(q, k, k)
@@ -248,18 +250,20 @@ def test_both_forms_are_compiled_at_the_first_call_of_a_kind(launched, monkeypat
 
 
 def test_how_many_parts():
-    def parts(q, k, heads, causal=True):
-        return gluon_parts.choose_parts(q, k, heads, causal, 128, 132)
+    def parts(q, k, heads, causal=True, dim=128):
+        return gluon_parts.choose_parts(q, k, heads, causal, dim, 128, 132)
 
     # An H200 was fastest with so many (NOTES.md), or within 2 % of it.
     assert [parts(128, 32768, 32), parts(256, 8192, 32), parts(935, 8143, 24), parts(422, 15214, 40)] == [4, 2, 2, 4]
     assert parts(128, 8192, 4 * 32) == 1, "a full wave"
     assert parts(8192, 8192, 32) == parts(2**20, 2**20, 8) == 1, "many waves"
-    assert parts(128, 1023, 4) == 1, "few keys"
+    assert parts(128, 4096, 4) == parts(128, 5000, 4, dim=64) == 1, "too short a call for a second launch"
+    assert parts(128, 5000, 4) > 1 and parts(128, 4096, 4, dim=256) > 1 and parts(128, 8192, 4, dim=64) > 1
+    assert parts(256, 4096, 80) > 1, "two waves take twice as long"
     assert parts(128, 2**20, 1) == gluon_parts.MOST_PARTS
     assert parts(0, 4096, 8) == parts(128, 0, 8) == parts(128, 4096, 0) == 1
-    # Of a square the tiles are short and long: long ones of 64 are alone with what 132 could share.
-    assert parts(1024, 1024, 16) == 1 and parts(2048, 2048, 4) > 1
+    # The tiles of a causal square are short and long: the longest of few keep the others waiting.
+    assert parts(8192, 8192, 1) > 1 and parts(8192, 8192, 4) == 1
     for tiles in range(1, 1056, 7):
         for keys in (512, 1024, 4096, 65536):
             assert 1 <= parts(128, keys, tiles) <= min(16, keys // 512)

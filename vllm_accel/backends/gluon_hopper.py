@@ -126,7 +126,8 @@ class GluonAttention:
 
         self._launches, self._bound = forward_sm90_launch, Bound
         self._choose_parts, self._join = choose_parts, Join
-        self._variant = forward_sm90_launch.VARIANTS[forward_sm90_launch.tile_dim(spec.head_dim, spec.head_dim_v)]
+        self._tile_dim = forward_sm90_launch.tile_dim(spec.head_dim, spec.head_dim_v)
+        self._variant = forward_sm90_launch.VARIANTS[self._tile_dim]
         self._spec, self._device = spec, device
         ours = max(spec.head_dim, spec.head_dim_v) <= BACKWARD_HEAD_DIM
         self._backward = GluonBackward(device.sm_count) if ours else None
@@ -218,7 +219,9 @@ class GluonAttention:
             return 1
         batch, tokens, heads, _ = q.shape
         rows = self._variant.consumers * self._launches.ROWS
-        return self._choose_parts(tokens, k.shape[1], batch * heads, args.causal, rows, self._device.sm_count)
+        return self._choose_parts(
+            tokens, k.shape[1], batch * heads, args.causal, self._tile_dim, rows, self._device.sm_count
+        )
 
     def backward(
         self,
