@@ -11,8 +11,7 @@ Steps, in order of value; each writes its file as it goes, and what fails costs 
     backward      backward passes alone, against the same
     tiles         a few tiles and variants for each of the main calls, as CUDA graphs
     memory        peak bytes by sequence length
-    sanitizer     compute-sanitizer's memcheck on tiny cases, and racecheck on the Gluon kernels, case by case, where it
-                  is installed
+    sanitizer     compute-sanitizer's memcheck and racecheck on tiny cases (`benchmarks.gpu_triton_sanitizer`)
 
 The last step takes all the time that is left, the others a share of it.
 """
@@ -23,18 +22,15 @@ import argparse
 import itertools
 import json
 import os
-import re
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import gpu_triton_sanitizer as watching
 from benchmarks import gpu_triton_tasks as work
 from benchmarks import gpu_triton_tiles as tiling
 from benchmarks import machine, shapes
@@ -69,13 +65,6 @@ _FP32 = (
     "decode",
     "long_full_d64",
 )
-#: What the sanitizer watches, gradients included: backend -> dense and packed cases, paged cases.
-_TINY = {
-    "triton": (("gqa", "window_causal", "varlen_tail", "bias_grad", "sinks"), ("mixed", "fp8_scalar", "mla_small")),
-    "gluon_hopper": (("gqa", "head_128", "varlen_cross_causal", "varlen_tail"), ()),
-}
-#: What racecheck watches, each by itself: long ones use a slot of a ring again.
-_RACES = ("gqa", "head_128", "varlen_cross_causal", "varlen_tail", "long_varlen_causal_d64", "long_varlen_causal_d128")
 
 
 def conformance_tasks() -> list[Task]:
@@ -265,68 +254,14 @@ def memory(run: Run) -> None:
 
 
 def sanitizer(run: Run) -> None:
-    """Run tiny cases under compute-sanitizer, in processes of their own, a few at a time."""
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    checks = [("memcheck", "triton", 60.0), ("memcheck", "gluon_hopper", 60.0)]
-    checks += [("racecheck", f"gluon_hopper:{case}", 60.0) for case in _RACES]
-    rows: list[dict[str, Any]] = [{"name": f"{check} {which}", "outcome": "not run"} for check, which, _ in checks]
-    with ThreadPoolExecutor(min(run.jobs, len(checks))) as pool:
-        row_of = {pool.submit(_sanitize, tool, *given, run.end): row for row, given in zip(rows, checks, strict=True)}
-        for done in as_completed(row_of):
-            row = row_of[done]
-            row |= done.result()
-            run.write("sanitizer", rows)
-            run.say(f"{row['name']}: {row['outcome']}")
+    """Run tiny cases under compute-sanitizer, in processes of their own, as many at a time as there are jobs."""
+    rows = watching.not_run()
 
+    def report(row: dict[str, Any]) -> None:
+        run.write("sanitizer", rows)
+        run.say(f"{row['name']}: {row['outcome']} {row.get('seconds', '')} {'; '.join(row.get('races', ()))}".rstrip())
 
-def _sanitize(tool: str, check: str, which: str, limit: float, end: float) -> dict[str, Any]:
-    """Run cases under the sanitizer for `limit` seconds at most, and not beyond `end` of `time.monotonic`."""
-    limit = min(limit, end - time.monotonic())
-    if not Path(tool).exists():
-        return {"outcome": "compute-sanitizer is not installed"}
-    if limit < 15:
-        return {"outcome": "no time left"}
-    mine = [sys.executable, "-m", "benchmarks.gpu_triton", "--tiny", which]
-    command = [tool, "--tool", check, "--error-exitcode", "9", *mine]
-    # Without torch's pool an access past a tensor's end leaves its allocation.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False, env=environment)
-    except subprocess.TimeoutExpired as error:
-        text = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else str(error.stdout or "")
-        return {"outcome": f"stopped after {limit:.0f} s", "races": races(text), "detail": text[-3000:]}
-    outcome = {0: "clean", 9: "errors"}.get(done.returncode, f"exit status {done.returncode}")
-    text = done.stdout + done.stderr
-    return {"outcome": outcome, "races": races(text), "detail": text[-6000:]}
-
-
-def races(text: str) -> list[str]:
-    """Return what racecheck reports, each pair of places once: ``Read kernel file.py:3 / Write kernel file.py:5``."""
-    found: dict[str, None] = {}
-    first = ""
-    pattern = r"=\s+(Error: Race reported between|and) (Read|Write) access at (\w+)\S* in (\S+)"
-    for begins, kind, kernel, place in re.findall(pattern, text):
-        if begins != "and":
-            first = f"{kind} {kernel} {place}"
-        else:
-            found[f"{first} / {kind} {kernel} {place}"] = None
-    return list(found)
-
-
-def tiny(which: str, where: str = "cuda") -> None:
-    """Run a few small cases in this process and print what came of each (what the sanitizer watches).
-
-    Args:
-        which: a backend, or a backend, a colon and names of cases, comma separated; those of a paged cache as
-            ``paged_name``.
-    """
-    backend, _, names = which.partition(":")
-    dense, paged_names = _TINY[backend]
-    named = [(False, name) for name in dense] + [(True, name) for name in paged_names]
-    if names:
-        named = [(name.startswith("paged_"), name.removeprefix("paged_")) for name in names.split(",")]
-    for paged, name in named:
-        print(name, work.conformance(backend, paged, name, "bf16", where), flush=True)
+    watching.watch(rows, run.jobs, run.end, report)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -342,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="WORDS", help="tasks with one of these in their name, by comma")
     parser.add_argument("--jobs", type=int, default=machine.cores(), help="processes that check (all cores)")
     parser.add_argument("--dry-run", action="store_true", help="list what would run, and stop")
-    parser.add_argument("--tiny", metavar="BACKEND[:CASES]", help="run these in this process, for compute-sanitizer")
+    parser.add_argument("--tiny", metavar="BACKEND[@SMS]:CASES", help="run these here, for compute-sanitizer")
     given = parser.parse_args(argv)
     wanted = given.steps.split(",")
     if unknown := [step for step in wanted if step not in STEPS]:
@@ -352,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("no GPU here; --dry-run lists what would run on one")
     if given.tiny:
-        tiny(given.tiny)
+        watching.tiny(given.tiny)
         return 0
     if given.out is None:
         parser.error("--out DIR is needed")
@@ -382,7 +317,7 @@ def _list(wanted: Sequence[str]) -> int:
         "peers": [n for n in FORWARD_SHAPES if n in known], "backward": [n for n in BACKWARD_SHAPES if n in known],
         "splits": [*tiling.SPLIT_CALLS, *tiling.CHUNK_CALLS], "tiles": list(tiling.problems()),
         "memory": ["triton", "gluon_hopper"],
-        "sanitizer": [f"{name} {dense + paged}" for name, (dense, paged) in _TINY.items()] + [f"racecheck {_RACES}"],
+        "sanitizer": [f"{check} {which}" for check, which in watching.CHECKS],
     }  # fmt: skip
     for step, names in itertools.compress(listed.items(), [step in wanted for step in listed]):
         print(f"{step} ({len(names)}): {', '.join(names)}")

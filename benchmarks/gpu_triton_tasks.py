@@ -16,6 +16,7 @@ from benchmarks.attention_calls import contestants
 from benchmarks.gpu_triton_tiles import ROUNDS
 from vllm_accel import attention, write_kv
 from vllm_accel.dispatch import registry
+from vllm_accel.dispatch.device import detect
 from vllm_accel.kernels.triton import launch, merge_launch, toolchain
 from vllm_accel.testing import CASES, PAGED_CASES, Case, PagedCase, check_backend, check_paged_backend
 from vllm_accel.testing.oracle import merge_oracle
@@ -102,6 +103,36 @@ LONG_PAGED_CASES: tuple[PagedCase, ...] = (
               options={"softmax_scale": 192**-0.5, **_CAUSAL}),
 )  # fmt: skip
 
+#: What the sanitizer watches beside short cases (`benchmarks.gpu_triton_sanitizer`): several tiles for a block of
+#: threads that knows of three multiprocessors, and more blocks of keys and of rows than a ring has slots.
+TURN_CASES: tuple[Case, ...] = (
+    *[
+        Case(f"turns_{kind}_d{d}", "", batch=1, seqlen_q=300, seqlen_k=333, head_dim=d, head_dim_v=d, lse_grad=True,
+             options=options, **_GQA)
+        for d in (64, 128)
+        for kind, options in (("full", {}), ("causal", _CAUSAL))
+    ],
+    *[
+        Case(f"turns_varlen_d{d}", "", lengths=((300, 333), (1, 200), (0, 40), (77, 5), (129, 260)), tail=9, head_dim=d,
+             head_dim_v=d, options=_CAUSAL, **_GQA)
+        for d in (64, 128)
+    ],
+)  # fmt: skip
+#: And keys that programs share out: packed sequences as a stream, and a chunk of few tiles.
+SHARED_CASES: tuple[Case, ...] = (
+    Case("packed_stream", "", lengths=((1, 300), (1, 3), (2, 700), (1, 1), (1, 555)) * 3, grad=False, options=_CAUSAL,
+         **_GQA),
+    Case("shared_chunk", "", batch=1, seqlen_q=140, seqlen_k=2000, grad=False, options=_CAUSAL, **_GQA),
+)  # fmt: skip
+#: Few sequences, which several teams share, and many, of which a team has several.
+STREAM_CASES: tuple[PagedCase, ...] = (
+    PagedCase("stream_few", "", ((1, 900), (1, 3), (1, 700))),
+    PagedCase("stream_few_d128", "", ((2, 900), (1, 3), (4, 700)), head_dim=128, head_dim_v=128, options=_CAUSAL),
+    PagedCase("stream_many", "", ((1, 40), (1, 0), (2, 600), (1, 129), (0, 7)) * 6, tail=3, options=_CAUSAL),
+    PagedCase("stream_many_fp8", "", ((1, 40), (1, 600), (1, 16)) * 8, cache=E4M3, descale="batch", sinks=True),
+    PagedCase("shared_chunk", "", ((100, 2000),), options=_CAUSAL),
+)
+
 
 #: Options that make a kernel large, in every combination: what ptxas 12.8 made wrong of the largest.
 COMBINED_CASES: tuple[Case, ...] = tuple(
@@ -116,22 +147,30 @@ COMBINED_CASES: tuple[Case, ...] = tuple(
 
 def dense_cases() -> dict[str, Case]:
     """Return the dense and packed cases by name."""
-    return {case.name: case for case in (*CASES, *LONG_CASES, *FAR_CASES, *COMBINED_CASES)}
+    return {case.name: case for case in (*CASES, *LONG_CASES, *FAR_CASES, *COMBINED_CASES, *TURN_CASES, *SHARED_CASES)}
 
 
 def paged_cases() -> dict[str, PagedCase]:
     """Return the paged cases by name."""
-    return {case.name: case for case in (*PAGED_CASES, *LONG_PAGED_CASES)}
+    return {case.name: case for case in (*PAGED_CASES, *LONG_PAGED_CASES, *STREAM_CASES)}
 
 
-def conformance(backend: str, paged: bool, name: str, dtype: str, where: str = "cuda") -> dict[str, str]:
-    """Hold a backend against the oracle on one case; a wrong number is a result, an error of CUDA is raised."""
+def conformance(
+    backend: str, paged: bool, name: str, dtype: str, where: str = "cuda", sm_count: int = 0
+) -> dict[str, str]:
+    """Hold a backend against the oracle on one case; a wrong number is a result, an error of CUDA is raised.
+
+    Args:
+        sm_count: multiprocessors that the backend is told of, 0 for those that there are.
+    """
     made = registry.get("attention", backend)
+    device = detect(torch.device(where))
+    device = replace(device, sm_count=sm_count or device.sm_count)
     try:
         if paged:
-            outcome = check_paged_backend(made, paged_cases()[name], dtype=DTYPES[dtype], where=where)
+            outcome = check_paged_backend(made, paged_cases()[name], dtype=DTYPES[dtype], device=device, where=where)
         else:
-            outcome = check_backend(made, dense_cases()[name], dtype=DTYPES[dtype], where=where)
+            outcome = check_backend(made, dense_cases()[name], dtype=DTYPES[dtype], device=device, where=where)
     except AssertionError as error:
         return {"outcome": "failed", "detail": str(error)[:600]}
     if where == "cuda":

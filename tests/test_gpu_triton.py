@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import operator
 import os
@@ -17,13 +18,17 @@ import pytest
 import torch
 
 from benchmarks import gpu_triton, shapes
+from benchmarks import gpu_triton_sanitizer as watching
 from benchmarks import gpu_triton_tasks as work
 from benchmarks import gpu_triton_tiles as tiling
 from benchmarks.tile_problem import Where
 from benchmarks.workers import NO_TIME, STOPPED, Done, Task, run_all
-from vllm_accel.kernels.triton import toolchain
+from vllm_accel.dispatch.device import detect
+from vllm_accel.kernels.gluon import forward_sm90_launch
+from vllm_accel.kernels.triton import paged_launch, splits, toolchain
 from vllm_accel.kernels.triton.launch import Launch
 from vllm_accel.testing import Case, PagedCase
+from vllm_accel.testing.outcome import Outcome
 
 META = Where(torch.device("meta"), "sm_90")
 
@@ -63,9 +68,18 @@ def test_every_name_in_the_lists_exists() -> None:
             _, paged, name, dtype = task.args
             assert name in (work.paged_cases() if paged else work.dense_cases()) and dtype in work.DTYPES
     assert set(gpu_triton._FP32) <= set(work.dense_cases())
-    for dense, paged_names in gpu_triton._TINY.values():
-        assert set(dense) <= set(work.dense_cases()) and set(paged_names) <= set(work.paged_cases())
-    assert all(work.dense_cases()[name].grad for name in gpu_triton._RACES), "the backward kernels are watched too"
+    known = {*work.dense_cases(), *(f"paged_{name}" for name in work.paged_cases())}
+    watched = {
+        check: [which.partition(":") for c, which in watching.CHECKS if c == check] for check, _ in watching.CHECKS
+    }
+    for target, _, names in itertools.chain(*watched.values()):
+        assert set(names.split(",")) <= known and target.partition("@")[0] in ("triton", "gluon_hopper")
+    # A process each, so that what one reports is one case's; and what they report of the backward kernels too.
+    assert all(target.startswith("gluon_hopper") for target, _, _ in watched["racecheck"])
+    assert all(work.dense_cases()[name].grad for _, _, name in watched["racecheck"])
+    assert {name for _, _, name in watched["racecheck"]} <= {
+        name for _, _, names in watched["memcheck"] for name in names.split(",")
+    }
 
 
 @pytest.mark.parametrize("name", tiling.problems())
@@ -175,12 +189,60 @@ def test_peers_and_backwards_on_the_cpu() -> None:
 
 
 def test_tiny_cases_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    gpu_triton._TINY["reference"] = ((), ())
-    try:
-        gpu_triton.tiny("reference:causal,paged_decode", "cpu")
-    finally:
-        del gpu_triton._TINY["reference"]
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["causal", "decode"]
+    watching.tiny("reference@3:causal,paged_decode", "cpu")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["causal", "paged_decode"]
+
+
+def test_a_case_may_tell_a_backend_of_few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for name in ("check_backend", "check_paged_backend"):
+        monkeypatch.setattr(work, name, lambda *a, device, **k: seen.append(device.sm_count) or Outcome(True))
+    watching.tiny("reference@3:causal,paged_decode", "cpu")
+    watching.tiny("reference:causal", "cpu")
+    assert seen == [3, 3, detect(torch.device("cpu")).sm_count]
+
+
+@pytest.mark.parametrize("case", work.TURN_CASES, ids=lambda case: case.name)
+def test_blocks_of_threads_take_several_tiles_where_they_are_watched(case: Case) -> None:
+    """What the sanitizer is to see: rings are used again, and dense tiles of 64 channels come one after the other."""
+    inputs = case.make(torch.bfloat16)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    cu_q, cu_k = (inputs.options.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k"))
+    variant = forward_sm90_launch.VARIANTS[case.head_dim]
+    lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]))
+    launch = forward_sm90_launch.forward_launch(
+        q, k, v, q, lse, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=300, max_seqlen_k=333, softmax_scale=0.1,
+        causal=True, head_dim_v=case.head_dim, variant=variant, sm_count=3,
+    )  # fmt: skip
+    assert launch.constexprs["PERSISTENT"] == (case.head_dim == 64 and not case.varlen)
+    assert not launch.constexprs["PERSISTENT"] or launch.args[-1] >= 3 * launch.grid[0]
+    assert variant.bn * (variant.stages - 1) < 333, "a ring's last slot is used"
+
+
+@pytest.mark.parametrize("case", work.STREAM_CASES, ids=lambda case: case.name)
+def test_the_cases_of_a_stream_are_shared_out(case: PagedCase) -> None:
+    """Few sequences have several teams each, many fewer teams than there are of them, and a chunk several parts."""
+    made = paged_plan(case, 4 if "many" in case.name else 132)
+    if "chunk" in case.name:
+        assert made.search and made.num_splits > 1
+    else:
+        assert made.teams and (made.teams < len(case.lengths)) == ("many" in case.name)
+    assert work.conformance("reference", True, case.name, "fp32", "cpu")["outcome"] == "ran"
+
+
+def paged_plan(case: PagedCase, sm_count: int) -> splits.Work:
+    """Return the one launch that attends of a case, on a GPU like an H200 with so many multiprocessors."""
+    inputs = case.make(torch.bfloat16)
+    defaults: dict[str, Any] = {"window_size": (-1, -1), "batch_invariant": False, "sinks": None, "causal": False}
+    args: Any = SimpleNamespace(**{**defaults, **inputs.options})
+    (made,) = splits.plan_work(
+        paged_launch.sizes_of(inputs.q, inputs.v_cache, args),
+        lambda rows, form: paged_launch.choose_tile(
+            "sm_90", rows, case.head_dim, case.head_dim_v, inputs.q.dtype, inputs.k_cache.dtype, False, form
+        ),
+        splits.Gpu(sm_count),
+    )
+    return made
 
 
 def run_of(tmp_path: Path, budget: float) -> gpu_triton.Run:
@@ -197,16 +259,20 @@ def test_the_last_step_takes_all_the_time_that_is_left(tmp_path: Path) -> None:
 
 def test_racecheck_watches_each_case_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "compute-sanitizer"
+    ran = "echo \"'outcome': 'ran'\""
     tool.write_text(
-        '#!/bin/sh\necho "$@"\ncase "$*" in *racecheck*head_128*) exit 9;; *racecheck*gqa*) exit 4;; esac\n'
+        f'#!/bin/sh\necho "$@"\ncase "$*" in *racecheck*head_128*) exit 9;; *racecheck*gqa*) exit 4;; esac\n'
+        f'case "$*" in *memcheck*varlen_d64) ;; *) for c in $(echo "${{*##*:}}" | tr , " "); do {ran}; done;; esac\n'
     )
     tool.chmod(0o755)
-    monkeypatch.setattr(gpu_triton.shutil, "which", lambda name: str(tool))
+    monkeypatch.setattr(watching.shutil, "which", lambda name: str(tool))
     gpu_triton.sanitizer(run_of(tmp_path, 100.0))
     rows = {r["name"]: r for r in json.loads((tmp_path / "triton_sanitizer.json").read_text())["results"]}
-    assert len(rows) == 2 + len(gpu_triton._RACES)
-    outcomes = {name: row["outcome"] for name, row in rows.items() if row["outcome"] != "clean"}
-    assert outcomes == {"racecheck gluon_hopper:head_128": "errors", "racecheck gluon_hopper:gqa": "exit status 4"}
+    assert list(rows) == [f"{check} {which}" for check, which in watching.CHECKS]
+    assert {name: row["outcome"] for name, row in rows.items() if row["outcome"] != "clean"} == {
+        "racecheck gluon_hopper:head_128": "errors", "racecheck gluon_hopper:gqa": "exit status 4",
+        "memcheck gluon_hopper@3:turns_varlen_d64": "clean, but not every case ran and was right",
+    }  # fmt: skip
     assert "--tiny gluon_hopper:varlen_tail" in rows["racecheck gluon_hopper:varlen_tail"]["detail"]
     gpu_triton.sanitizer(run_of(tmp_path, 10.0))
     rows = json.loads((tmp_path / "triton_sanitizer.json").read_text())["results"]
@@ -223,8 +289,8 @@ def test_each_race_is_told_once() -> None:
 =========     and Write access at attention_dq+0x9cf0 in backward.py:388 [49 hazards]
 """
     first = "Read attention_dq backward.py:388 / Write attention_dq backward.py"
-    assert gpu_triton.races(report) == [f"{first}:388", f"{first}:437"]
-    assert gpu_triton.races("========= RACECHECK SUMMARY: 0 hazards displayed") == []
+    assert watching.races(report) == [f"{first}:388", f"{first}:437"]
+    assert watching.races("========= RACECHECK SUMMARY: 0 hazards displayed") == []
 
 
 def test_dry_run_and_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
