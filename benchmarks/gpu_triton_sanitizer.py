@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import gpu_triton_tasks as work
 
-_TURNS = tuple(case.name for case in work.TURN_CASES)
+_TURNS = tuple(case.name for case in (*work.TURN_CASES, *work.PART_CASES))
 #: Tool, and what it watches: ``backend[@multiprocessors]:cases``, those of a paged cache as ``paged_name``; each entry
 #: is a process. Most telling first. Gradients are included where a case has them.
 CHECKS: tuple[tuple[str, str], ...] = (

@@ -118,6 +118,12 @@ TURN_CASES: tuple[Case, ...] = (
         for d in (64, 128)
     ],
 )  # fmt: skip
+#: Tiles whose keys are cut into parts on three multiprocessors.
+PART_CASES: tuple[Case, ...] = tuple(
+    Case(f"parts_{kind}_d{d}", "", batch=1, seqlen_q=140, seqlen_k=keys, num_heads=2, num_kv_heads=1, head_dim=d,
+         head_dim_v=d, options=options, grad=False)
+    for d, keys, kind, options in ((64, 3500, "causal", _CAUSAL), (128, 4000, "full", {}))
+)  # fmt: skip
 #: And keys that programs share out: packed sequences as a stream, and a chunk of few tiles.
 SHARED_CASES: tuple[Case, ...] = (
     Case("packed_stream", "", lengths=((1, 300), (1, 3), (2, 700), (1, 1), (1, 555)) * 3, grad=False, options=_CAUSAL,
@@ -147,7 +153,8 @@ COMBINED_CASES: tuple[Case, ...] = tuple(
 
 def dense_cases() -> dict[str, Case]:
     """Return the dense and packed cases by name."""
-    return {case.name: case for case in (*CASES, *LONG_CASES, *FAR_CASES, *COMBINED_CASES, *TURN_CASES, *SHARED_CASES)}
+    watched = (*TURN_CASES, *PART_CASES, *SHARED_CASES)
+    return {case.name: case for case in (*CASES, *LONG_CASES, *FAR_CASES, *COMBINED_CASES, *watched)}
 
 
 def paged_cases() -> dict[str, PagedCase]:

@@ -25,6 +25,7 @@ from benchmarks.tile_problem import Where
 from benchmarks.workers import NO_TIME, STOPPED, Done, Task, run_all
 from vllm_accel.dispatch.device import detect
 from vllm_accel.kernels.gluon import forward_sm90_launch
+from vllm_accel.kernels.gluon.parts import choose_parts
 from vllm_accel.kernels.triton import paged_launch, splits, toolchain
 from vllm_accel.kernels.triton.launch import Launch
 from vllm_accel.testing import Case, PagedCase
@@ -76,7 +77,8 @@ def test_every_name_in_the_lists_exists() -> None:
         assert set(names.split(",")) <= known and target.partition("@")[0] in ("triton", "gluon_hopper")
     # A process each, so that what one reports is one case's; and what they report of the backward kernels too.
     assert all(target.startswith("gluon_hopper") for target, _, _ in watched["racecheck"])
-    assert all(work.dense_cases()[name].grad for _, _, name in watched["racecheck"])
+    backward = {name for _, _, name in watched["racecheck"]} - {case.name for case in work.PART_CASES}
+    assert all(work.dense_cases()[name].grad for name in backward)
     assert {name for _, _, name in watched["racecheck"]} <= {
         name for _, _, names in watched["memcheck"] for name in names.split(",")
     }
@@ -217,6 +219,16 @@ def test_blocks_of_threads_take_several_tiles_where_they_are_watched(case: Case)
     assert launch.constexprs["PERSISTENT"] == (case.head_dim == 64 and not case.varlen)
     assert not launch.constexprs["PERSISTENT"] or launch.args[-1] >= 3 * launch.grid[0]
     assert variant.bn * (variant.stages - 1) < 333, "a ring's last slot is used"
+
+
+@pytest.mark.parametrize("case", work.PART_CASES, ids=lambda case: case.name)
+def test_keys_are_cut_into_parts_where_they_are_watched(case: Case) -> None:
+    variant = forward_sm90_launch.VARIANTS[case.head_dim]
+    rows = variant.consumers * forward_sm90_launch.ROWS
+    causal = case.options.get("causal", False)
+    made = choose_parts(case.seqlen_q, case.seqlen_k, case.num_heads, causal, case.head_dim, rows, 3)
+    assert made > 1
+    assert work.conformance("reference", False, case.name, "fp32", "cpu")["outcome"] == "ran"
 
 
 @pytest.mark.parametrize("case", work.STREAM_CASES, ids=lambda case: case.name)
