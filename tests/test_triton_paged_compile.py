@@ -92,8 +92,11 @@ def assert_good(launch: Launch, arch: str, blocks: int = 1, spills: int = 0) -> 
 #: that spills is the fastest (181 us for 128 heads, 32 x 4096 tokens; the next ones, which do not or hardly, 210 and
 #: 250 us: `benchmarks/results/h200/triton_tiles_mla.json`), so wide heads keep 64 rows there too, which is not timed.
 #: Wide heads in fp32 on Ampere: no tile of those that were tried spills less.
+#: Chunks of 256 channels on Hopper: of bf16 Triton 3.7.1 spills 5 and 3.6.0 none, of e4m3 10 and 8; an H200's tiles do
+#: not change before others are timed.
 SPILLED: dict[tuple[str, str, Any], int] = {
     ("sm_90", "m64", "mla"): 50, ("sm_90", "prefill", "mla"): 50,
+    ("sm_90", "prefill", (256, BF16)): 5, ("sm_90", "prefill", (256, E4M3)): 10,
     ("sm_90", "m64", (256, E4M3)): 50, ("sm_90", "m64", (512, BF16)): 50,
     ("sm_80", "m32", (256, torch.float32)): 20, ("sm_80", "m64", (256, torch.float32)): 20,
 }  # fmt: skip
