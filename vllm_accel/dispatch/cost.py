@@ -23,6 +23,8 @@ from vllm_accel.dispatch.spec import AttentionSpec, Feature, Relation, bucket, b
 WINDOW = 1024
 #: Rows of a tile, as most kernels for prefill have them.
 TILE = 128
+#: Queries of a sequence up to which kernels for decoding take over, whose tiles are lower.
+SHORT = 8
 #: With fewer measurements the coefficients say nothing.
 LEAST_ROWS = 5
 #: With so many of one head size, and there is a kernel for each size, those of other sizes are left out.
@@ -127,7 +129,10 @@ def _attention_work(spec: AttentionSpec, places: int) -> tuple[float, float, flo
     moved = batch * sizes * (elements_q * spec.dtype.itemsize + elements_k * spec.kv_dtype.itemsize)
     if not places:
         return operations, float(moved), 0.0
-    waves = batch * spec.num_heads * -(-spec.seqlen_q // TILE) / places
+    tiles = batch * spec.num_heads * -(-spec.seqlen_q // TILE)
+    if spec.seqlen_q > SHORT:  # empty rows of a tile take their time: 192 queries as long as 256
+        operations = 2.0 * tiles * TILE * spec.seqlen_k * share * sizes * passes
+    waves = tiles / places
     # Tiles of a triangle fill each other's gaps, but none ends before the longest; equally long ones come in waves.
     waves = max(1.0, share * waves) if triangle else math.ceil(waves)
     return operations, float(moved), 2.0 * waves * TILE * seen * sizes * passes

@@ -19,8 +19,8 @@ from vllm_accel.dispatch.table_file import Row, Timing
 NEAR_OCTAVES = 1.0
 #: A gain below this is not worth leaving the shipped order for, however quiet the measurement was.
 LEAST_GAIN = 0.03
-#: A gain above this counts, however noisy the measurement was: the larger median is then not bad luck alone.
-CLEAR_GAIN = 0.25
+#: A gain above this counts, however noisy the measurement was: backends took turns, so most noise was that of all.
+CLEAR_GAIN = 0.15
 #: Where a point of equal lengths and another spec (heads split otherwise) counts as being, in octaves.
 _BESIDE = 0.1
 #: Options that cost next to nothing, so that rows with and without them speak for each other.
@@ -96,7 +96,7 @@ def best_first(order: tuple[str, ...], known: Mapping[str, Estimate]) -> tuple[s
 
 
 def as_fast(one: Estimate, fastest: Estimate) -> bool:
-    """Tell whether a time differs from the fastest by no more than their noise (at least 3 %, at most 25 %)."""
+    """Tell whether a time differs from the fastest by no more than their noise (at least 3 %, at most 15 %)."""
     return one.seconds <= fastest.seconds * (1 + min(max(LEAST_GAIN, one.noise + fastest.noise), CLEAR_GAIN))
 
 
