@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_accel.dispatch.cost import middle, work_of
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.gemm_spec import Form, Scaling
 from vllm_accel.dispatch.spec import Feature
@@ -36,10 +37,9 @@ _ATTENTION: dict[str, tuple[str, ...]] = {
     "other": ("reference",),
 }  # fmt: skip
 
-#: Queries a sequence up to which `gluon_hopper` goes behind `triton`, but for packed calls, whose keys neither shares
-#: out (0.66 of its time in benchmarks/results/h200/attention.json): one query fills a 64th of its tile and nothing
-#: shares out the keys. 2.0 to 6.8 times the device's time on an H200 (bf16, 1 to 64 sequences of 8k and 32k keys,
-#: vllm_accel/data/tables/nvidia_h200.json).
+#: Queries a sequence up to which `gluon_hopper` goes behind `triton`: one query fills a 64th of its tile. 1.5 to 3.2
+#: times the device's time on an H200 (bf16, 1 to 64 sequences of 8k and 32k keys, vllm_accel/data/tables/
+#: nvidia_h200.json, 2026-12-01), and 2.8 times packed (32 sequences of up to 8k keys).
 _FEW_QUERIES = 8
 
 #: Head sizes up to which a forward pass takes `triton` before `gluon_hopper`: 0.95 to 1.11 of its time in the six calls
@@ -50,6 +50,12 @@ _NARROW = 64
 #: sequences, and 2.2 to 7 times with one (benchmarks/results/h200/attention.json, 2026-11-30).
 _SLOWER_DECODES = ("tensorrt_llm", "flashinfer", "flash_attn_4")
 #: On Hopper `flash_attn_4` goes behind `gluon_hopper` for packed calls: 1.2 to 1.5 times its time in that file.
+#: Operations of a forward pass, and of one with gradients, up to which a call on Hopper is over before the host has
+#: launched `flash_attn_4`, which takes 95 us and 1.0 ms of Python there; ours take 20 to 40 us and 0.5 to 0.8 ms
+#: (vllm_accel/data/tables/nvidia_h200.json, 2026-12-01).
+_SHORT_FORWARD, _SHORT_TRAINING = 6e10, 4.5e11
+#: The same for `gluon_hopper` (35 us) and `triton` (20 us).
+_BRIEF_FORWARD = 1e10
 
 #: `cublas` has no groups that leave the host alone. Our Triton kernel is before PyTorch's: it takes every form, scaling
 #: and stride without a copy, at 0.97 to 1.40 times the speed of torch._grouped_mm on an H200
@@ -82,9 +88,10 @@ def shipped_order(op: str, device: Device, spec: Any = None) -> tuple[str, ...]:
     """Return the backends to try for an operation on a device, first one first.
 
     With a spec the order is that of its kind of call: `cpu` goes behind PyTorch's kernel where that alone has a matrix
-    unit (`kernels.cpu.outrun`), `gluon_hopper` behind `triton` for decodes (`_FEW_QUERIES`) and small heads
-    (`_NARROW`), others on Hopper behind ours for decodes (`_SLOWER_DECODES`) and packed calls, `cutlass` before
-    `triton` for groups in FP8 by blocks (`_FEW_ROWS`). Not with batch_invariant: no choice may depend on lengths then.
+    unit (`kernels.cpu.outrun`), `gluon_hopper` behind `triton` for decodes (`_FEW_QUERIES`), small heads (`_NARROW`)
+    and very short calls (`_BRIEF_FORWARD`), others on Hopper behind ours for decodes (`_SLOWER_DECODES`), packed and
+    short calls (`_SHORT_FORWARD`), `cutlass` before `triton` for groups in FP8 by blocks (`_FEW_ROWS`). Not with
+    batch_invariant: no choice may depend on lengths then.
     """
     if op == "gemm":
         order = _GEMM_CPU if device.type == "cpu" else _GEMM
@@ -99,15 +106,20 @@ def shipped_order(op: str, device: Device, spec: Any = None) -> tuple[str, ...]:
         from vllm_accel.kernels.cpu import outrun  # `import vllm_accel` loads no kernels
 
         return _behind("cpu", "sdpa_cpu", order) if outrun(spec) else order
-    packed = Feature.VARLEN in spec.features
-    short = spec.seqlen_q <= _FEW_QUERIES and not packed
-    narrow = max(spec.head_dim, spec.head_dim_v) <= _NARROW and Feature.GRAD not in spec.features
-    if device_class(device) == "hopper" and packed:
-        order = _behind("flash_attn_4", "gluon_hopper", order)
-    if device_class(device) == "hopper" and short:
-        for name in _SLOWER_DECODES:
-            order = _behind(name, "triton", order)
-    return _behind("gluon_hopper", "triton", order) if short or narrow else order
+    packed, grad = Feature.VARLEN in spec.features, Feature.GRAD in spec.features
+    decode = spec.seqlen_q <= _FEW_QUERIES
+    narrow = max(spec.head_dim, spec.head_dim_v) <= _NARROW and not grad
+    operations = work_of(middle(spec))[0]
+    if device_class(device) == "hopper":
+        if packed:
+            order = _behind("flash_attn_4", "gluon_hopper", order)
+        if operations <= (_SHORT_TRAINING if grad else _SHORT_FORWARD):
+            order = _behind("flash_attn_4", "triton", order)
+        if decode:
+            for name in _SLOWER_DECODES:
+                order = _behind(name, "triton", order)
+    brief = operations <= _BRIEF_FORWARD and not grad
+    return _behind("gluon_hopper", "triton", order) if decode or narrow or brief else order
 
 
 def _behind(name: str, other: str, order: tuple[str, ...]) -> tuple[str, ...]:
