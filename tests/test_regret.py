@@ -23,6 +23,7 @@ from vllm_accel.tuning.shape import Shape
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "vllm_accel" / "data" / "tables"
+F32 = torch.float32
 
 
 @pytest.mark.parametrize("device", ["cpu", "h200"])
@@ -84,6 +85,31 @@ def test_from_tuning_to_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     settings_module._current = None
     measured.forget()
+
+
+def test_what_the_calls_need_is_compiled_before_they_are_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[Any] = []
+    problems = list(itertools.islice(selection_shapes.unseen(preset("cpu")), 2))
+    monkeypatch.setattr(selection.tune, "compiling", lambda pairs, where: [(where, *pair) for pair in pairs])
+    monkeypatch.setattr(selection.build, "run", lambda tasks, device, seconds: done.append((tasks, device, seconds)))
+    selection._build(problems, torch.device("cpu"), preset("h200"))
+    tasks = [(preset("h200"), "attention", problem) for problem in problems]
+    assert done == [(tasks, torch.device("cpu"), selection.BUILD_SECONDS)] and "2 kinds" in capsys.readouterr().out
+    monkeypatch.setattr(selection.tune, "compiling", lambda pairs, where: [])
+    selection._build(problems, torch.device("cpu"), preset("h200"))
+    assert len(done) == 1 and not capsys.readouterr().out
+
+
+def test_a_case_keeps_what_the_device_and_the_host_took() -> None:
+    problem = AttentionProblem(Shape("x", "prefill", seqlen_q=24, seqlen_k=24, heads=2, kv_heads=2, head_dim=16), F32)
+    found = problem.explain(problem.make(torch.device("cpu")))
+    times = {"cpu": Timing(3e-5, 0.01, cold=1e-5, host=3e-5), "sdpa_cpu": Timing(5e-5, 0.01)}
+    case = Case("x")
+    selection._compare(case, found, times, varies=False)
+    assert case.device == {"cpu": 1e-5} and case.host == {"cpu": 3e-5}
+    assert case.costs["cpu"] == 3e-5 and case.best == "cpu"
 
 
 def test_the_bounds_are_those_of_the_issue() -> None:
