@@ -332,6 +332,8 @@ def test_a_decode_has_as_many_teams_as_keep_the_memory_busy() -> None:
     for rows in ({"num_heads": 40}, {"max_seqlen_q": 2, "tokens": 800}):
         for even, splits_of in ((planned(400, even=True, **rows), 1), (planned(16, 16384, even=True, **rows), 2)):
             assert (even.teams, even.num_splits, even.split, even.grows) == (0, splits_of, splits_of > 1, True)
+        uncut = planned(16, 512, even=True, **rows)
+        assert (uncut.teams, uncut.num_splits, uncut.split) == (16, 1, False)
     alone = planned(1, keys=32768)
     assert alone.teams == 0 and alone.num_splits > 16
     # Latent attention has shares, of which a mean sequence has some, unless its sequences fill the GPU.

@@ -36,6 +36,9 @@ _PREFILL_WARPS = 8
 #: host 8 us; but the last of a sequence's programs joins all of its rows, and with 8 and 16 that took 5 and 7 us more
 #: than another launch to join them does (4 x 8k with 64 heads, 7 x 3k with 4 queries; an H200, 2026-12-01).
 STREAM_ROWS = 4
+#: Keys up to which a sequence is not worth cutting, and has a team of a stream to itself: 16 x 512 with 64 heads took
+#: 19 us so, and 25 in equal parts.
+NOT_CUT = 2 * MIN_SPLIT
 #: Any number of query tokens.
 UNLIMITED = 2**31 - 1
 
@@ -242,7 +245,7 @@ def _decode(
         return Work(tile, False, tiles, 0, most, num_splits, 0, INVARIANT_SPLIT, split, batch * most, tail)
     heads, room, keys = tiles * sizes.num_kv_heads, places(tile, sizes.row_bytes, gpu), _keys(sizes)
     # One sequence has parts of its own as well, but in a stream its programs would have to read how long it is first.
-    even = most * group > STREAM_ROWS if sizes.even else batch == 1
+    even = most * group > STREAM_ROWS and keys > NOT_CUT if sizes.even else batch == 1
     if even or sizes.mla:
         if heads * batch > room.all:
             tile = tile_for(rows, "many")
@@ -251,11 +254,11 @@ def _decode(
         forced, num_splits = num_splits, num_splits or choose_splits(blocks, room, keys)
         # Where lengths may differ, a long sequence may need shares though the mean one does not; unless most places are
         # taken as it is.
-        if not (forced or even) and 5 * blocks < 4 * room.all and keys > 2 * MIN_SPLIT:
+        if not (forced or even) and 5 * blocks < 4 * room.all and keys > NOT_CUT:
             goal, num_splits, part_rows = num_splits, batch * (num_splits + 1), most
         return Work(tile, False, tiles, 0, most, num_splits, goal, 0, num_splits > 1, part_rows, tail, most=sizes.most)
     # Sequences that are not worth cutting have a team each.
-    per = num_splits or int(keys <= 2 * MIN_SPLIT)
+    per = num_splits or int(keys <= NOT_CUT)
     teams = per * batch or choose_teams(heads, batch, room)
     assert (per or teams) < 1 << 16, "a counter of `join.py` counts so far"
     return Work(tile, False, tiles, 0, most, per, 0, 0, per != 1, most, tail, teams, tile.block_n, sizes.most)

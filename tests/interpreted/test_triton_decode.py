@@ -35,6 +35,7 @@ CASES = (
     Case("one", "", seqlen_q=1, seqlen_k=300, options={"causal": True}, **_DECODE),
     Case("split", "", seqlen_q=1, seqlen_k=600, **{**_DECODE, "num_heads": 2, "num_kv_heads": 1}),
     Case("eight", "", seqlen_q=8, seqlen_k=333, options={"causal": True}, **_DECODE),
+    Case("eight, in parts", "", seqlen_q=8, seqlen_k=733, options={"causal": True}, sinks=True, **_DECODE),
     Case("gradients", "", seqlen_q=2, seqlen_k=257, lse_grad=True, **{**_DECODE, "grad": True, "batch": 1}),
     Case("three, not causal", "", seqlen_q=3, seqlen_k=260, **_DECODE),
     Case("options", "", seqlen_q=2, seqlen_k=400, alibi="batch", sinks=True,
