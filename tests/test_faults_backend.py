@@ -223,6 +223,13 @@ def test_states_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["exit_code"] == 1
     lines = doctor.markdown(report)
     assert "### backends" in lines
+    # The probe timed a prefill, which says nothing about training or decoding.
+    every = doctor_backends._typical_work(cpu)
+    others = {kind: what for kind, what in every.items() if not kind.startswith("prefill")}
+    assert len(others) == len(every) - 1
+    monkeypatch.setattr(doctor_backends, "_typical_work", lambda device: others)
+    report = doctor.examine(doctor_probe.Probed({cpu: outcomes}))
+    assert not any("runs on cpu" in problem["problem"] for problem in report["problems"])
     assert "<details><summary>caches</summary>" in lines
     assert "| sdpa_cpu | cpu | OK |" in lines
 

@@ -14,6 +14,7 @@ from vllm_accel.dispatch import quarantine, registry
 from vllm_accel.dispatch.device import Device
 from vllm_accel.dispatch.selection import Selection, State
 from vllm_accel.dispatch.settings import settings
+from vllm_accel.dispatch.spec import Feature
 from vllm_accel.probe.steps import half
 
 
@@ -107,19 +108,20 @@ class Examined:
         return [*found, Problem(f"no backend can run {kinds} here", "see the reasons below", 1 if works else 3)]
 
     def _slow(self, selections: list[tuple[str, Selection]]) -> list[Problem]:
-        """Say where automatic choice takes a backend that the probe found slow."""
-        slow = {(s.op, s.name): s for s in self.backends if s.state == "OK-SLOW"}
-        prefill = next(
-            ((kind, answer) for kind, answer in selections if (answer.op, answer.chosen or "") in slow), None
-        )
-        if prefill is None:
-            return []
-        kind, answer = prefill
-        text = f"{kind} runs on {answer.chosen}: {slow[answer.op, answer.chosen or ''].reason}"
-        return [Problem(text, "`vllm-accel tune` measures, and automatic choice follows it", 1)]
+        """Say where automatic choice takes a backend that the probe found slow at what it timed, a prefill."""
+        slow = {s.name: s for s in self.backends if (s.op, s.state) == ("attention", "OK-SLOW")}
+        for kind, answer in selections:
+            if answer.op == "attention" and answer.chosen in slow and _is_prefill(answer.spec):
+                text = f"{kind} runs on {answer.chosen}: {slow[answer.chosen].reason}"
+                return [Problem(text, "`vllm-accel tune` measures, and automatic choice follows it", 1)]
+        return []
 
     def _raised(self) -> list[tuple[str, str]]:
         return [(kind, answer) for kind, answer in self.work if isinstance(answer, str)]
+
+
+def _is_prefill(spec: Any) -> bool:
+    return spec.seqlen_q > 1 and Feature.GRAD not in spec.features
 
 
 def _typical_work(device: Device) -> dict[str, tuple[Any, tuple[torch.Tensor, ...]]]:
