@@ -21,7 +21,6 @@ from vllm_accel.kernels.triton.tiles import Tile
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 H200 = splits.Gpu(132)
-NO_E4M3 = ("sm_80", "sm_86")
 #: Query tokens and heads of a group that take each height of tile.
 HEIGHTS = {"m16": (1, 4), "m32": (4, 8), "m64": (8, 8), "prefill": (64, 4)}
 

@@ -37,14 +37,15 @@ _ATTENTION: dict[str, tuple[str, ...]] = {
     "other": ("reference",),
 }  # fmt: skip
 
-#: Queries a sequence up to which `gluon_hopper` goes behind `triton`: one query fills a 64th of its tile. 1.5 to 3.2
-#: times the device's time on an H200 (bf16, 1 to 64 sequences of 8k and 32k keys, vllm_accel/data/tables/
-#: nvidia_h200.json, 2026-12-01), and 2.8 times packed (32 sequences of up to 8k keys).
+#: Queries a sequence up to which `gluon_hopper` goes behind `triton`: one query fills a 64th of its tile, and nobody
+#: shares out the keys. 1.5 to 3.9 times the device's time on an H200 (bf16, 1 to 64 sequences of 8k and 32k keys,
+#: vllm_accel/data/tables/nvidia_h200.json, 2026-12-01). Packed ones were not timed beside each other since `triton`
+#: shares out their keys too, which took a quarter of its time before (docs/triton.md).
 _FEW_QUERIES = 8
 
-#: Head sizes up to which a forward pass takes `triton` before `gluon_hopper`: 0.95 to 1.11 of its time in the six calls
-#: of head size 64, without a mask, in benchmarks/results/h200/selection.json (2026-11-30), 0.55 to 0.57 in
-#: the three tuned points of up to 1024 tokens; and its first call is there sooner.
+#: Head sizes up to which a forward pass takes `triton` before `gluon_hopper`: 0.55 to 1.10 of its time in the 12 points
+#: of head size 64, without a mask, of vllm_accel/data/tables/nvidia_h200.json (2026-12-01), the less the shorter the
+#: call; and its first call is there sooner.
 _NARROW = 64
 #: What goes behind `triton` on Hopper for decodes. Over pages these took 1.05 to 1.5 times its time with 16 and 32
 #: sequences, and 2.2 to 7 times with one (benchmarks/results/h200/attention.json, 2026-11-30).

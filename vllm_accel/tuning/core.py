@@ -1,7 +1,7 @@
 """Where the host's part of a time is taken: on the core that is fastest at the moment.
 
 On a shared machine a core whose other half runs something else takes up to twice as long for the same Python (16 cores
-beside an H200, 2026-12-01: 0.98 to 1.98 ms for one loop, other cores a second later), and a thread that moves from one
+beside an H200, 2026-12-01: 0.97 to 1.99 ms for one loop, other cores a second later), and a thread that moves from one
 to the other makes two calls look different that are not.
 """
 

@@ -153,8 +153,7 @@ def gpu_attention() -> tuple[Work, ...]:
     chunk = _caches((1, 4), (128, 256, 512, 2048), (2048, 8192, 32768))
     train = _lattice((1, 4), (512, 2048, 8192))
     eight = tuple(((64, 8), point) for point in ((16, 1, 2048), (4, 1, 8192), (16, 1, 512), (64, 1, 2048)))
-    # Where one sequence of few heads has about as many tiles as there are multiprocessors, a model of work and bytes is
-    # off by a quarter, and the fastest changes.
+    # Where one sequence of few heads has about as many tiles as there are multiprocessors the fastest changes.
     narrow = tuple(((12, 4), (1, n, n)) for n in (2048, 1024, 4096))
     # Large models have 64 heads, which are twice as many tiles.
     regrouped = (*narrow, *(((64, 8), (1, n, n)) for n in (1024, 256, 4096)))
